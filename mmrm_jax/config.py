@@ -1,0 +1,195 @@
+"""Configuration: frozen dataclasses that say everything a run depends on.
+
+Experiments live in `configs/` as Python files that build one of these; the command line overrides single fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+BranchInput = Literal["multimodal", "blank", "absent", "image_only"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """InternViT. `mean` and `std` normalise RGB values in 0..1."""
+
+    image_size: int = 448
+    patch_size: int = 14
+    width: int = 1024
+    mlp_width: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-family decoder; `qkv_bias` makes it Qwen2."""
+
+    vocab_size: int = 151655
+    width: int = 896
+    mlp_width: int = 4864
+    num_layers: int = 24
+    num_heads: int = 14
+    num_kv_heads: int = 2
+    head_width: int = 64
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """InternVL: vision tower, pixel shuffle, projector, decoder.
+
+    `downsample_ratio` 0.5 merges 2x2 patches into one visual token. `pixel_shuffle` "v1" keeps the transposed
+    layout of the first release. `select_layer` is the index of the vision hidden state that is used, as in the
+    checkpoint's configuration (-1 is the last layer's output).
+    """
+
+    vision: VisionConfig = VisionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    downsample_ratio: float = 0.5
+    pixel_shuffle: Literal["v1", "v2"] = "v2"
+    select_layer: int = -1
+
+    @property
+    def visual_tokens_per_tile(self) -> int:
+        """V, the number of visual tokens one tile becomes."""
+        side = self.vision.image_size // self.vision.patch_size
+        return int(side * self.downsample_ratio) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up from 0 and cosine decay to 0 (the recipe in the paper's code)."""
+
+    learning_rate: float = 1e-5
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    warmup_fraction: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Mesh axis sizes; `data` = -1 takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How groups become batches.
+
+    max_length: token budget of one conversation; longer rows are quarantined, never truncated.
+    max_tiles: most image tiles per group before the thumbnail; None takes the checkpoint's own value.
+    buckets: how many padded sizes each of prefix and response length may take: the bound on compilations.
+    workers: Grain worker processes; 0 reads in the training process.
+    holdout: share of each training file, split off by image, on which choices are made.
+    holdout_seed: which share that is.
+    cache: keep encoded groups in memory (small data sets: decoding and tokenising happen once).
+    """
+
+    max_length: int = 4096
+    max_tiles: int | None = None
+    buckets: int = 2
+    workers: int = 0
+    holdout: float = 0.1
+    holdout_seed: int = 0
+    cache: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    objective: a name in `mmrm_jax.objectives`.
+    proxy_input: what the text-only proxy sees in place of the image: nothing ("absent") or a white tile ("blank").
+    batch_size: groups per optimiser step over all devices; micro_batches splits it without changing the result.
+    steps: optimiser steps; None trains for `epochs` passes.
+    freeze: first path elements of parameters that are not trained.
+    compute_dtype: of activations and matrix products; parameters, head, margins and losses are float32.
+    """
+
+    objective: str = "shortcut_aware"
+    proxy_input: Literal["absent", "blank"] = "absent"
+    batch_size: int = 128
+    micro_batches: int = 1
+    eval_batch_size: int = 256
+    steps: int | None = None
+    epochs: float = 1.0
+    seed: int = 0
+    freeze: tuple[str, ...] = ("vision",)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    log_every: int = 20
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    strict: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """One preference distribution: a training set and the test set drawn like it.
+
+    `train` None makes a test set that no model is trained for (a neutral control, say). Paths are preference
+    files or `DIRECTORY:SPLIT` of a prepared data set, relative to the matrix's `root`.
+    """
+
+    name: str
+    train: str | None
+    test: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixConfig:
+    """Objective x environment x seed: the cross-distribution matrix.
+
+    on: "test" uses the test sets, "validation" the held-out part of every training set, for making choices.
+    jobs: cells trained at the same time, each in a process of its own.
+    """
+
+    model: Path
+    root: Path = Path(".")
+    image_root: Path | None = None
+    environments: tuple[Environment, ...] = ()
+    objectives: tuple[str, ...] = ("text_only", "standard", "shortcut_aware")
+    seeds: int = 1
+    on: Literal["test", "validation"] = "test"
+    out: Path = Path("runs/matrix")
+    train: TrainConfig = TrainConfig()
+    jobs: int = 1
+    title: str = "Cross-distribution matrix"
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values, for `config.json` and for comparing two runs."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two `to_json` results differ, one line each."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = prefix + key, old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, name + ".")
+        elif a != b:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Raw files to groups, images to tiles, groups to batches."""

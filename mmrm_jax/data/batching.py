@@ -1,0 +1,168 @@
+"""Encoded groups -> padded batches of a few static shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from mmrm_jax.data.images import blank_tile
+from mmrm_jax.data.text import Conversation
+from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedGroup:
+    """A group as arrays: token ids, uint8 tiles [T, S, S, 3] (None where no branch looks at the image)."""
+
+    index: int
+    prefixes: dict[str, Conversation]
+    responses: tuple[np.ndarray, ...]
+    tiles: np.ndarray | None
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupShape:
+    """What a group needs of a batch; the sizes that padding has to cover."""
+
+    prefixes: dict[str, int]
+    response: int
+    responses: int
+    tiles: int
+    comparisons: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The sizes each padded dimension may take, ascending; a batch takes the smallest that fits.
+
+    The number of batch shapes, and so of compilations, is at most `count`.
+    """
+
+    prefixes: dict[str, tuple[int, ...]]
+    response: tuple[int, ...]
+    responses: tuple[int, ...]
+    tiles: tuple[int, ...]
+    comparisons: int
+    image_size: int
+
+    @property
+    def count(self) -> int:
+        """Upper bound on the number of different batch shapes."""
+        sizes = [len(s) for s in (*self.prefixes.values(), self.response, self.responses, self.tiles)]
+        return int(np.prod(sizes))
+
+
+def _sizes(values: Sequence[int], k: int, multiple: int) -> tuple[int, ...]:
+    """Up to k ascending sizes that cover all values: their quantiles, rounded up."""
+    quantiles = np.quantile(np.asarray(values), np.arange(1, k + 1) / k, method="higher")
+    return tuple(sorted({max(multiple, int(-(-q // multiple)) * multiple) for q in quantiles}))
+
+
+def fit_buckets(shapes: Iterable[GroupShape], k: int, image_size: int, *, multiple: int = 4) -> Buckets:
+    """Buckets chosen by the data: up to `k` response lengths (token multiples of `multiple`), the other sizes one
+    each, since responses are where lengths differ most within a data set. `image_size` is a tile's side in pixels.
+
+    Raises ValueError for no shapes.
+    """
+    shapes = list(shapes)
+    if not shapes:
+        raise ValueError("no groups to fit buckets to")
+    return Buckets(
+        prefixes={b: _sizes([s.prefixes[b] for s in shapes], 1, multiple) for b in shapes[0].prefixes},
+        response=_sizes([s.response for s in shapes], k, multiple),
+        responses=_sizes([s.responses for s in shapes], 1, 1),
+        tiles=(max(s.tiles for s in shapes),),
+        comparisons=max(1, max(s.comparisons for s in shapes)),
+        image_size=image_size,
+    )
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    return next(s for s in sizes if s >= needed)
+
+
+def _pad_rows(rows: Sequence[np.ndarray], count: int, width: int, fill: int = 0) -> np.ndarray:
+    out = np.full((count, width), fill, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def collate(
+    groups: Sequence[EncodedGroup], buckets: Buckets, *, num_groups: int, micro_batches: int, views: Mapping[str, str]
+) -> Batch:
+    """A batch [M, num_groups / M, ...] of at most `num_groups` groups; the rest is padding.
+
+    A group and its comparisons stay in one micro-batch; all micro-batches share one shape.
+    """
+    size = num_groups // micro_batches
+    response = _smallest(buckets.response, max((len(r) for g in groups for r in g.responses), default=1))
+    responses = _smallest(buckets.responses, max((len(g.responses) for g in groups), default=1))
+    tiles = _smallest(buckets.tiles, max((len(g.tiles) for g in groups if g.tiles is not None), default=0))
+    prefix = {
+        b: _smallest(sizes, max((len(g.prefixes[b].tokens) for g in groups), default=1))
+        for b, sizes in buckets.prefixes.items()
+    }
+    # Round robin, so that a batch that is not full is spread evenly over the micro-batches.
+    parts = [
+        _collate_micro(groups[m::micro_batches], buckets, size, (prefix, response, responses, tiles), views)
+        for m in range(micro_batches)
+    ]
+    return jax.tree.map(lambda *xs: np.stack(xs), *parts)
+
+
+def _collate_micro(
+    groups: Sequence[EncodedGroup],
+    buckets: Buckets,
+    size: int,
+    shape: tuple[dict[str, int], int, int, int],
+    views: Mapping[str, str],
+) -> Batch:
+    prefix_sizes, response_size, responses_size, tiles_size = shape
+    prefixes = {}
+    for branch, width in prefix_sizes.items():
+        pixels = _pixels(groups, size, tiles_size, buckets.image_size, views[branch])
+        prefixes[branch] = _prefix([g.prefixes[branch] for g in groups], size, width, pixels)
+    responses = np.zeros((size, responses_size, response_size), np.int32)
+    lengths = np.zeros((size, responses_size), np.int32)
+    rows: list[tuple[int, int, float, bool]] = []
+    for g, group in enumerate(groups):
+        responses[g, : len(group.responses)] = _pad_rows(group.responses, len(group.responses), response_size)
+        lengths[g, : len(group.responses)] = [len(r) for r in group.responses]
+        base = g * responses_size
+        rows += [(base + c.winner, base + c.loser, c.margin, c.tie) for c in group.comparisons]
+    index = np.full(size, -1, np.int32)
+    index[: len(groups)] = [g.index for g in groups]
+    return Batch(prefixes, responses, lengths, _comparisons(rows, size * buckets.comparisons), index)  # type: ignore[arg-type]
+
+
+def _comparisons(rows: Sequence[tuple[int, int, float, bool]], size: int) -> Comparisons:
+    index, margin = np.zeros((size, 2), np.int32), np.zeros(size, np.float32)
+    tie, mask = np.zeros(size, bool), np.zeros(size, bool)
+    for c, (winner, loser, target, tied) in enumerate(rows):
+        index[c], margin[c], tie[c], mask[c] = (winner, loser), target, tied, True
+    return Comparisons(index, margin, tie, mask)  # type: ignore[arg-type]
+
+
+def _prefix(conversations: Sequence[Conversation], size: int, width: int, pixels: np.ndarray | None) -> Prefix:
+    tokens = _pad_rows([c.tokens for c in conversations], size, width)
+    visual = _pad_rows([c.visual for c in conversations], size, width, fill=-1)
+    lengths = np.zeros(size, np.int32)
+    lengths[: len(conversations)] = [len(c.tokens) for c in conversations]
+    return Prefix(tokens, lengths, visual, pixels)  # type: ignore[arg-type]
+
+
+def _pixels(groups: Sequence[EncodedGroup], size: int, tiles_size: int, side: int, view: str) -> np.ndarray | None:
+    if view == "blank":
+        return blank_tile(side)[None]
+    if view == "absent" or not tiles_size:
+        return None
+    pixels = np.zeros((size, tiles_size, side, side, 3), np.uint8)
+    for g, group in enumerate(groups):
+        if group.tiles is not None:
+            pixels[g, : len(group.tiles)] = group.tiles
+    return pixels

@@ -1,0 +1,157 @@
+"""Random access to groups, wherever they are kept, and a hold-out split that never shares an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmrm_jax.data.records import DataError, read_groups
+from mmrm_jax.types import Group, Quarantined
+
+
+class GroupSource(Protocol):
+    """A picklable sequence of groups: what the input pipeline reads from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Group: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySource:
+    """Groups held in memory; their images stay files."""
+
+    groups: tuple[Group, ...]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int, /) -> Group:
+        return self.groups[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """One split of a prepared data set (ArrayRecord); groups are read, and decoded, one at a time."""
+
+    examples: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int, /) -> Group:
+        from mmrm_jax.data.tfds.features import decode_group
+
+        return decode_group(self.examples[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSource:
+    """The groups of another source at `indices`."""
+
+    source: GroupSource
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Group:
+        return self.source[self.indices[index]]
+
+
+def open_source(
+    path: str | Path,
+    split: str | None = None,
+    *,
+    image_root: str | Path | None = None,
+    environment: str | None = None,
+) -> tuple[GroupSource, list[Quarantined]]:
+    """Open a preference file, or one split of a directory that `mmrm prepare` or a builder wrote.
+
+    `split` may be left out where the data set has only one; `image_root` and `environment` apply to files alone. The
+    quarantined rows are those of this reading: a prepared data set has none left, its own are in `quarantine.jsonl`.
+    Raises DataError naming what is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if image_root is not None or environment is not None:
+            raise DataError(f"{path} is a prepared data set: image_root and environment apply to preference files only")
+        return _open_prepared(path, split), []
+    if split is not None:
+        raise DataError(f"{path} is no directory: split {split!r} applies to prepared data sets only")
+    groups, quarantined = read_groups(path, image_root=image_root, environment=environment)
+    return MemorySource(tuple(groups)), quarantined
+
+
+def _open_prepared(path: Path, split: str | None) -> TfdsSource:
+    import tensorflow_datasets as tfds
+
+    # Any: TFDS's decorators hide the signatures from type checkers.
+    builder: Any = tfds.builder_from_directory(_dataset_directory(path))
+    splits = sorted(builder.info.splits)
+    if split is None:
+        if len(splits) != 1:
+            raise DataError(f"{path} has the splits {', '.join(splits)}: name one")
+        return TfdsSource(builder.as_data_source(split=splits[0]))
+    name = split.partition("[")[0]  # TFDS slices, such as train[:90%], are welcome
+    if name not in splits:
+        close = difflib.get_close_matches(name, splits, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"{path} has no split {name!r}, only {', '.join(splits)}{hint}")
+    return TfdsSource(builder.as_data_source(split=split))
+
+
+def _dataset_directory(path: Path) -> Path:
+    """The one data set at or below `path` (TFDS nests a data set under its name, config and version)."""
+    found = sorted(file.parent for file in path.rglob("features.json") if (file.parent / "dataset_info.json").is_file())
+    if path in found:
+        return path
+    if not found:
+        raise DataError(f"{path} holds no prepared data set; `mmrm prepare` makes one from preference files")
+    if len(found) > 1:
+        raise DataError(f"{path} holds several data sets: name one of {', '.join(map(str, found))}")
+    return found[0]
+
+
+def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[ViewSource, ViewSource]:
+    """(train, validation): a random `fraction` of the images, with every group that shows them, is held out.
+
+    Groups belong together when their encoded images are the same bytes, whatever the file's name, or, without an
+    image, when their prompts are the same. The choice depends on these and on `seed` alone, not on the order of rows
+    nor on where files lie. At least one image lands on each side, unless `fraction` is 0, which holds nothing out.
+    Raises DataError where that is impossible or an image cannot be read, ValueError for a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
+    known: dict[Path, str] = {}
+    identities = [_identity(source[index], known) for index in range(len(source))]
+    distinct = sorted(set(identities), key=lambda identity: _digest(f"{seed}:{identity}".encode()))
+    if fraction > 0 and len(distinct) < 2:
+        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set the fraction to 0")
+    count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1) if fraction > 0 else 0
+    held_out = set(distinct[:count])
+    train = tuple(index for index, identity in enumerate(identities) if identity not in held_out)
+    validation = tuple(index for index, identity in enumerate(identities) if identity in held_out)
+    return ViewSource(source, train), ViewSource(source, validation)
+
+
+def _identity(group: Group, known: dict[Path, str]) -> str:
+    """A hash of the group's image, or of its prompt where there is none; `known` saves reading a file twice."""
+    if group.image is None:
+        return "prompt:" + _digest(group.prompt.encode())
+    if isinstance(group.image, bytes):
+        return "image:" + _digest(group.image)
+    if group.image not in known:
+        try:
+            known[group.image] = "image:" + _digest(group.image.read_bytes())
+        except OSError as error:
+            raise DataError(f"{group.file} row {group.row}: image {group.image} cannot be read: {error}") from error
+    return known[group.image]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

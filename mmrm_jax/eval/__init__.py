@@ -1,0 +1,1 @@
+"""Evaluation: accuracy, shortcut-failure degradation, the cross-distribution matrix and its report."""

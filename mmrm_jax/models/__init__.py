@@ -1,0 +1,1 @@
+"""Model definitions in Flax NNX: vision tower, decoder, InternVL, reward model."""

@@ -1,0 +1,81 @@
+"""A Llama-family decoder that runs a shared prefix once and N responses beside it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmrm_jax.config import DecoderConfig
+from mmrm_jax.models.attention import causal_attention, response_attention, rope_tables, rotate
+from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
+from mmrm_jax.sharding import constrain
+
+
+class DecoderLayer(nnx.Module):
+    """RMS norm, grouped-query attention with RoPE, RMS norm, SwiGLU."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        c = config
+        heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+        self.norm1 = Norm(c.width, eps=c.norm_eps, rms=True, rngs=rngs)
+        self.q = Linear((c.width, heads), ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
+        self.k = Linear((c.width, kv), ("embed", "kv_heads"), bias=c.qkv_bias, rngs=rngs)
+        self.v = Linear((c.width, kv), ("embed", "kv_heads"), bias=c.qkv_bias, rngs=rngs)
+        self.o = Linear((heads, c.width), ("heads", "embed"), bias=False, rngs=rngs)
+        self.norm2 = Norm(c.width, eps=c.norm_eps, rms=True, rngs=rngs)
+        self.gate = Linear((c.width, c.mlp_width), ("embed", "mlp"), bias=False, rngs=rngs)
+        self.up = Linear((c.width, c.mlp_width), ("embed", "mlp"), bias=False, rngs=rngs)
+        self.down = Linear((c.mlp_width, c.width), ("mlp", "embed"), bias=False, rngs=rngs)
+        self.head_width = c.head_width
+
+    def qkv(self, x: Float[Array, "*B S D"], rope: tuple) -> tuple[Array, Array, Array]:
+        x = self.norm1(x)
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_width) for y in (self.q(x), self.k(x), self.v(x)))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, x: Float[Array, "*B S D"], attended: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
+        x = x + self.o(attended.reshape(*attended.shape[:-2], -1))
+        y = self.norm2(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+
+class Decoder(nnx.Module):
+    """Token embeddings, layers and final norm. The LM head is not part of a reward model."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.embedding = param(rngs, (config.vocab_size, config.width), ("vocab", "embed"))
+        self.layers = stack_layers(lambda r: DecoderLayer(config, r), config.num_layers, rngs)
+        self.norm = Norm(config.width, eps=config.norm_eps, rms=True, rngs=rngs)
+        self.config = config
+
+    def embed(self, tokens: Int[Array, "*B S"], dtype: jnp.dtype) -> Float[Array, "*B S D"]:
+        # A gather from a table split on both axes would reshard it whole: gather its columns first.
+        return constrain(self.embedding[...], "vocab", None).astype(dtype)[tokens]
+
+    def __call__(
+        self,
+        prefix: Float[Array, "G P D"],
+        prefix_lengths: Int[Array, " G"],
+        responses: Float[Array, "G N R D"],
+    ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
+        """Final hidden states of both streams.
+
+        Equal at every valid position to an ordinary causal forward over [prefix, response], with response
+        positions continuing after the group's own prefix length. What padding positions return has no meaning.
+        """
+        c = self.config
+        prefix_rope = rope_tables(jnp.arange(prefix.shape[1])[None], c.head_width, c.rope_theta)
+        positions = prefix_lengths[:, None, None] + jnp.arange(responses.shape[2])[None, None]
+        response_rope = rope_tables(positions, c.head_width, c.rope_theta)
+
+        def step(layer: DecoderLayer, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            prefix, responses = carry
+            q, k, v = layer.qkv(prefix, prefix_rope)
+            response_q, response_k, response_v = layer.qkv(responses, response_rope)
+            attended = response_attention(response_q, response_k, response_v, k, v, prefix_lengths)
+            return layer.finish(prefix, causal_attention(q, k, v)), layer.finish(responses, attended)
+
+        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses))
+        return self.norm(prefix), self.norm(responses)

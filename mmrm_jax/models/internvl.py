@@ -1,0 +1,78 @@
+"""InternVL: visual features take the place of image tokens in the decoder's input."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmrm_jax.config import ModelConfig
+from mmrm_jax.models.decoder import Decoder
+from mmrm_jax.models.layers import Linear, Norm
+from mmrm_jax.models.vision import VisionTower
+from mmrm_jax.sharding import constrain
+from mmrm_jax.types import Prefix
+
+
+def pixel_shuffle(x: Float[Array, "I h w D"], ratio: float, version: str) -> Float[Array, "I h2 w2 D2"]:
+    """Trade resolution for width: 1/ratio squared neighbouring patches become one visual token.
+
+    "v1" leaves the result transposed, as the first InternVL release did.
+    """
+    i, h, w, d = x.shape
+    x = x.reshape(i, h, int(w * ratio), int(d / ratio)).transpose(0, 2, 1, 3)
+    x = x.reshape(i, int(w * ratio), int(h * ratio), int(d / ratio**2))
+    return x if version == "v1" else x.transpose(0, 2, 1, 3)
+
+
+class Projector(nnx.Module):
+    """Layer norm and a two-layer MLP from shuffled patches to the decoder's width (`mlp1` in checkpoints)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        inner = int(config.vision.width / config.downsample_ratio**2)
+        width = config.decoder.width
+        self.norm = Norm(inner, eps=1e-5, rms=False, rngs=rngs)
+        self.fc1 = Linear((inner, width), ("vision", "embed"), bias=True, rngs=rngs)
+        self.fc2 = Linear((width, width), ("embed", None), bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B D"]:
+        return self.fc2(jax.nn.gelu(self.fc1(self.norm(x)), approximate=False))
+
+
+class InternVL(nnx.Module):
+    """Vision tower, projector and decoder."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.vision = VisionTower(config.vision, rngs)
+        self.projector = Projector(config, rngs)
+        self.decoder = Decoder(config.decoder, rngs)
+        self.config = config
+
+    def visual_features(self, pixels: Array, dtype: jnp.dtype) -> Float[Array, "G TV D"]:
+        """Visual tokens of each group's tiles, in tile order; uint8 pixels [G, T, height, width, 3]."""
+        c = self.config
+        g, t = pixels.shape[:2]
+        hidden = self.vision(pixels.reshape(g * t, *pixels.shape[2:]), select_layer=c.select_layer, dtype=dtype)
+        side = c.vision.image_size // c.vision.patch_size
+        patches = hidden[:, 1:].reshape(g * t, side, side, -1)
+        shuffled = pixel_shuffle(patches, c.downsample_ratio, c.pixel_shuffle)
+        return self.projector(shuffled.reshape(g, t * c.visual_tokens_per_tile, -1))
+
+    def embed_prefix(self, prefix: Prefix, dtype: jnp.dtype) -> Float[Array, "G P D"]:
+        """Token embeddings with visual features in their places."""
+        x = self.decoder.embed(prefix.tokens, dtype)
+        if prefix.pixels is None:
+            return constrain(x, "batch", None, None)
+        features = self.visual_features(prefix.pixels, dtype)
+        index = prefix.visual_index
+        features = jnp.broadcast_to(features, (index.shape[0], *features.shape[1:]))
+        placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+        return constrain(jnp.where(index[..., None] >= 0, placed, x), "batch", None, None)
+
+    def __call__(
+        self, prefix: Prefix, responses: Int[Array, "G N R"], dtype: jnp.dtype
+    ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
+        """Final hidden states of the prefix and of every response token."""
+        embedded = constrain(self.decoder.embed(responses, dtype), "batch", None, None, None)
+        return self.decoder(self.embed_prefix(prefix, dtype), prefix.lengths, embedded)

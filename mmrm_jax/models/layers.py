@@ -1,0 +1,72 @@
+"""Building blocks shared by the vision tower and the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable | None = None
+) -> nnx.Param:
+    """A float32 parameter with logical axis names; normal(0.02) unless told otherwise."""
+    init = nnx.initializers.normal(0.02) if init is None else init
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b) over the last axis, computed in the input's dtype."""
+
+    def __init__(self, sizes: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = param(rngs, sizes, axes)
+        self.bias = param(rngs, sizes[1:], axes[1:], nnx.initializers.zeros) if bias else None
+
+    def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """Layer norm, or RMS norm without mean and bias; statistics in float32."""
+
+    def __init__(self, size: int, *, eps: float, rms: bool, rngs: nnx.Rngs):
+        self.scale = param(rngs, (size,), ("norm",), nnx.initializers.ones)
+        self.bias = None if rms else param(rngs, (size,), ("norm",), nnx.initializers.zeros)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num_layers` modules as one whose parameters carry a leading, logical "layers" axis."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=num_layers, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return build(rngs)
+
+
+def apply_layers(layers: nnx.Module, num_layers: int, step: Callable, carry, *, unroll_up_to: int = 4):
+    """Run `step(layer, carry) -> carry` over the first `num_layers` stacked layers.
+
+    Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody.
+    """
+    graphdef, params = nnx.split(layers)
+    params = jax.tree.map(lambda x: x[:num_layers], params)
+
+    def body(carry, layer_params):
+        return step(nnx.merge(graphdef, layer_params), carry), None
+
+    return jax.lax.scan(body, carry, params, unroll=num_layers <= unroll_up_to or 1)[0]

@@ -1,0 +1,37 @@
+"""The reward model: InternVL with a linear score head read at each response's last token."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmrm_jax.config import ModelConfig
+from mmrm_jax.models.internvl import InternVL
+from mmrm_jax.models.layers import param
+from mmrm_jax.types import Prefix
+
+
+class RewardModel(InternVL):
+    """r(image, prompt, response): an InternVL whose LM head is replaced by a linear score.
+
+    Parameters live under `vision`, `projector`, `decoder` and `score`; the head starts as N(0, 1/(width+1)).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        width = config.decoder.width
+        self.score = param(rngs, (width,), ("norm",), nnx.initializers.normal((width + 1) ** -0.5))
+
+    def rewards(
+        self,
+        prefix: Prefix,
+        responses: Int[Array, "G N R"],
+        response_lengths: Int[Array, "G N"],
+        dtype: jnp.dtype = jnp.dtype("float32"),
+    ) -> Float[Array, "G N"]:
+        """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
+        _, hidden = self(prefix, responses, dtype)
+        last = jnp.maximum(response_lengths - 1, 0)[..., None, None]
+        final = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
+        return final.astype(jnp.float32) @ self.score[...]

@@ -1,0 +1,118 @@
+"""Device meshes and the one table that maps logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmrm_jax.config import MeshConfig
+from mmrm_jax.types import Batch, PyTree
+
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis -> mesh axes. An axis that is not named here is an error, so that none is replicated by accident.
+RULES: Mapping[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "layers": None,
+    "vision": None,
+    "vision_heads": "tensor",
+    "norm": None,
+    "head_width": None,
+    "one": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over `devices` (default: all).
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes[0] == -1:
+        sizes[0] = len(devices) // (sizes[1] * sizes[2])
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} needs a product of {len(devices)} "
+            f"(the number of devices), or data=-1 with fsdp*tensor dividing it"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes] = RULES) -> P:
+    """Logical axes of one array -> PartitionSpec.
+
+    Raises KeyError for an unknown logical axis and ValueError where two axes claim the same mesh axis.
+    """
+    entries = [None if a is None else rules[a] for a in axes]
+    used = [m for e in entries if e is not None for m in (e if isinstance(e, tuple) else (e,))]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map two dimensions to one mesh axis: {entries}")
+    return P(*entries)
+
+
+def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
+    """NamedShardings of a (possibly abstract) nnx.State of annotated parameters.
+
+    Raises ValueError naming the parameter whose dimension the mesh does not divide.
+    """
+
+    def one(path: tuple, variable: nnx.Variable) -> NamedSharding:
+        name = "/".join(str(getattr(p, "key", p)) for p in path)
+        value = variable.get_value()
+        axes = variable.get_metadata().get("out_sharding")
+        if axes is None or len(axes) != len(value.shape):
+            raise ValueError(f"parameter {name} of shape {value.shape} has logical axes {axes}")
+        spec = partition_spec(axes)
+        for size, entry in zip(value.shape, spec, strict=True):
+            ways = int(np.prod([mesh.shape[m] for m in (entry if isinstance(entry, tuple) else (entry,)) if m]))
+            if size % ways:
+                raise ValueError(f"parameter {name} {value.shape}: {size} is not divisible by {ways} ({entry})")
+        return NamedSharding(mesh, spec)
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return treedef.unflatten([one(path, leaf) for path, leaf in leaves])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool) -> PyTree:
+    """Groups are split over ("data", "fsdp"); comparisons, which may join any two responses, are replicated.
+
+    `micro` says that arrays carry a leading micro-batch axis. A blank image shared by all groups is replicated.
+    """
+    lead = (None,) if micro else ()
+    groups = batch.group_index.shape[-1]
+
+    def one(x: jax.Array) -> NamedSharding:
+        split = x.ndim > len(lead) and x.shape[len(lead)] == groups
+        return NamedSharding(mesh, P(*lead, RULES["batch"]) if split else P())
+
+    shardings = jax.tree.map(one, batch)
+    whole = jax.tree.map(lambda _: replicated(mesh), batch.comparisons)
+    return type(batch)(shardings.prefixes, shardings.responses, shardings.response_lengths, whole, shardings.group_index)
+
+
+def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
+    """Place a host batch on the mesh."""
+    return jax.device_put(batch, batch_shardings(batch, mesh, micro=micro))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation's logical axes inside a computation; without a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,0 +1,149 @@
+"""How the packaged tiny InternVL was made: caption-style pretraining on the shapes world.
+
+    python -m mmrm_jax.tiny.recipe --out DIRECTORY
+
+trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about rendered scenes
+(next-token loss on the answers, tied LM head), and writes an InternVL chat checkpoint without a score head. It never
+sees a preference. About 12 minutes on 2 cores; the same machine gives the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from mmrm_jax.data.batching import collate
+from mmrm_jax.data.pipeline import buckets_for, index_source
+from mmrm_jax.data.processor import Processor
+from mmrm_jax.data.shapes import encode_png, make_caption
+from mmrm_jax.data.sources import MemorySource
+from mmrm_jax.models.hf.config import config_to_hf
+from mmrm_jax.models.hf.weights import save_params
+from mmrm_jax.models.internvl import InternVL
+from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, save_tokenizer, train_tokenizer
+from mmrm_jax.types import Batch, Group
+
+CONFIG = ModelConfig(
+    vision=VisionConfig(image_size=32, patch_size=8, width=64, mlp_width=128, num_layers=2, num_heads=4),
+    decoder=DecoderConfig(
+        vocab_size=VOCABULARY_SIZE,
+        width=64,
+        mlp_width=176,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=16,
+        rope_theta=10000.0,
+    ),
+)
+VIEWS = {"primary": "multimodal"}
+WINDOW = 40  # longest answer, in tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Pretraining settings."""
+
+    out: Path
+    captions: int = 20000
+    steps: int = 5000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def caption_group(seed: int, index: int) -> Group:
+    """A caption as a group of one response."""
+    c = make_caption(seed, index)
+    return Group(f"caption-{index}", c.prompt, (c.answer,), (), encode_png(c.pixels), "captions", "captions", index + 1)
+
+
+def answer_window(batch: Batch, assistant: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(positions, targets, mask), each [B, WINDOW]: where answers are predicted, and what comes next there.
+
+    A group of one response has all but its last token in the prefix; the answer follows the last `assistant` header.
+    """
+    prefix = batch.prefixes["primary"]
+    lengths, n = np.asarray(prefix.lengths), len(assistant)
+    positions = np.maximum(lengths[:, None] - WINDOW + np.arange(WINDOW)[None], 0)
+    tokens = np.concatenate([np.asarray(prefix.tokens), np.zeros((len(lengths), 1), np.int32)], axis=1)
+    tokens[np.arange(len(lengths)), lengths] = np.asarray(batch.responses)[:, 0, 0]
+    targets = np.take_along_axis(tokens, positions + 1, axis=1)
+    starts = [max(i for i in range(len(t) - n + 1) if np.array_equal(t[i : i + n], assistant)) for t in tokens]
+    return positions, targets, positions >= np.asarray(starts)[:, None] + n - 1
+
+
+def pretrain(recipe: Recipe, processor: Processor, assistant: np.ndarray) -> nnx.State:
+    """Train from scratch; prints loss and token accuracy on fresh captions."""
+    source = MemorySource(tuple(caption_group(recipe.seed, i) for i in range(recipe.captions)))
+    held_out = MemorySource(tuple(caption_group(recipe.seed + 1, i) for i in range(512)))
+    data, _ = index_source(source, processor, VIEWS, cache=True)
+    test, _ = index_source(held_out, processor, VIEWS, cache=True)
+    buckets = buckets_for([data, test], 1)
+
+    def batch(d, indices) -> tuple[Batch, tuple]:
+        groups = [d.encode(int(i)) for i in indices]
+        made = collate(groups, buckets, num_groups=len(groups), micro_batches=1, views=VIEWS)
+        made = jax.tree.map(lambda x: x[0], made)
+        return made, answer_window(made, assistant)
+
+    with nnx.use_eager_sharding(False):
+        graphdef, params = nnx.split(InternVL(CONFIG, nnx.Rngs(recipe.seed)))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+
+    def loss_fn(params, batch, window):
+        """Mean loss per answer token, and the share of answers predicted whole (teacher forced)."""
+        positions, targets, mask = window
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model(batch.prefixes["primary"], batch.responses, jnp.dtype("float32"))
+        logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = jnp.all(jnp.where(mask, jnp.argmax(logits, -1) == targets, True), axis=1)
+        return jnp.sum(losses * mask) / jnp.sum(mask), jnp.mean(right.astype(jnp.float32))
+
+    @jax.jit
+    def step(params, opt_state, batch, window):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, window)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    evaluate = jax.jit(loss_fn)
+    opt_state = optimizer.init(params)
+    rng = np.random.default_rng(recipe.seed)
+    test_batch = batch(test, range(512))
+    start = time.monotonic()
+    for i in range(recipe.steps):
+        params, opt_state, loss = step(params, opt_state, *batch(data, rng.integers(len(data), size=recipe.batch_size)))
+        if (i + 1) % 250 == 0:
+            test_loss, exact = evaluate(params, *test_batch)
+            seconds = time.monotonic() - start
+            print(f"step {i + 1}: loss {loss:.4f}, held out {test_loss:.4f}, exact {exact:.3f}, {seconds:.0f} s", flush=True)
+    return params
+
+
+def main() -> None:
+    """Run the recipe and write the checkpoint folder."""
+    recipe = tyro.cli(Recipe, description=__doc__)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(train_tokenizer(), recipe.out)
+    hf = config_to_hf(CONFIG, template="chatml-plain", max_tiles=6)
+    (recipe.out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    processor = Processor.from_pretrained(recipe.out, CONFIG.visual_tokens_per_tile)
+    assistant = processor.chat.tokenizer.encode("assistant\n", add_special_tokens=False).ids
+    params = pretrain(recipe, processor, np.asarray([processor.chat.special_id("<|im_start|>"), *assistant]))
+    save_params(recipe.out, CONFIG, params)
+
+
+if __name__ == "__main__":
+    main()

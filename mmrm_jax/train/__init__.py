@@ -1,0 +1,1 @@
+"""Training: state, optimiser, pure step, loop, checkpoints."""

@@ -1,0 +1,95 @@
+"""The train state: plain pytrees, split once from the model definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmrm_jax.config import BranchInput, ModelConfig
+from mmrm_jax.models.reward import RewardModel
+from mmrm_jax.sharding import param_shardings, replicated
+from mmrm_jax.types import PyTree
+
+IMAGE_PARTS = ("vision", "projector")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`params[branch]` is what that branch trains; `frozen` holds, once, what some branch uses and does not train."""
+
+    params: dict[str, nnx.State]
+    frozen: nnx.State
+    opt_state: PyTree
+    step: jax.Array
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph and abstract parameters (float32), without allocating anything."""
+    with nnx.use_eager_sharding(False):
+        return nnx.split(nnx.eval_shape(lambda: RewardModel(config, nnx.Rngs(0))))
+
+
+def init_params(config: ModelConfig, seed: int) -> nnx.State:
+    """Freshly initialised parameters of one branch."""
+    with nnx.use_eager_sharding(False):
+        return jax.jit(lambda: nnx.split(RewardModel(config, nnx.Rngs(seed)))[1])()
+
+
+def _part(params: nnx.State, names: frozenset[str], *, inside: bool) -> nnx.State:
+    """The sub-state whose first path element is (or is not) among `names`."""
+    return nnx.State({k: v for k, v in params.items() if (k in names) == inside})
+
+
+def branch_frozen(freeze: tuple[str, ...], view: BranchInput) -> frozenset[str]:
+    """First path elements that a branch does not train: those frozen by choice, and image parts it never uses."""
+    return frozenset(freeze) | (frozenset(IMAGE_PARTS) if view == "absent" else frozenset())
+
+
+def split_params(
+    params: nnx.State, views: dict[str, BranchInput], freeze: tuple[str, ...]
+) -> tuple[dict[str, nnx.State], nnx.State]:
+    """(trainable per branch, frozen): every branch starts from the same parameters.
+
+    Raises ValueError for a name in `freeze` that the model does not have.
+    """
+    unknown = set(freeze) - set(params)
+    if unknown:
+        raise ValueError(f"freeze names {sorted(unknown)}, but the model's parts are {sorted(params)}")
+    frozen_names = {branch: branch_frozen(freeze, view) for branch, view in views.items()}
+    trainable = {b: jax.tree.map(jnp.array, _part(params, names, inside=False)) for b, names in frozen_names.items()}
+    return trainable, _part(params, frozenset().union(*frozen_names.values()), inside=True)
+
+
+def merge_branch(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
+    """All parameters of one branch: its own, and the frozen ones it does not train."""
+    return nnx.State({**dict(frozen), **dict(trainable)})
+
+
+def create_state(
+    params: nnx.State, views: dict[str, BranchInput], freeze: tuple[str, ...], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state at step 0."""
+    trainable, frozen = split_params(params, views, freeze)
+    return TrainState(trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a (possibly abstract) state; optimiser moments are sharded like their parameter."""
+    params = {b: param_shardings(p, mesh) for b, p in state.params.items()}
+    by_path = {path: s for path, s in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def moment(path: tuple, leaf: jax.Array) -> jax.sharding.NamedSharding:
+        # A moment's path ends with its parameter's path.
+        suffixes = (path[i:] for i in range(len(path)))
+        found = next((by_path[s] for s in suffixes if s in by_path), None)
+        return replicated(mesh) if found is None else found
+
+    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
+    frozen = param_shardings(state.frozen, mesh)
+    return TrainState(params, frozen, opt_state, replicated(mesh))

@@ -1,0 +1,104 @@
+"""The train and evaluation steps: pure functions of pytrees, ready for `jax.jit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mmrm_jax.objectives import Objective, Terms, margins
+from mmrm_jax.train.state import TrainState, merge_branch
+from mmrm_jax.types import Batch, PyTree
+
+SFC_BINS = 40  # histogram bins over (0, 1)
+
+Sums = dict[str, tuple[Array, Array]]  # name -> (sum, count): mergeable, exact under padding and micro-batches
+
+
+def branch_rewards(
+    graphdef: nnx.GraphDef, params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, dtype: jnp.dtype
+) -> dict[str, Float[Array, "G N"]]:
+    """Rewards of every branch in `params`."""
+    return {
+        branch: nnx.merge(graphdef, merge_branch(trainable, frozen)).rewards(
+            batch.prefixes[branch], batch.responses, batch.response_lengths, dtype
+        )
+        for branch, trainable in params.items()
+    }
+
+
+def _sums(terms: Terms, branch_margins: dict[str, Array], batch: Batch) -> Sums:
+    """Metrics as (sum, count) over valid comparisons; accuracy leaves out labels that are ties."""
+    mask = batch.comparisons.mask.astype(jnp.float32)
+    decided = mask * ~batch.comparisons.tie
+    count = jnp.sum(mask)
+    sums: Sums = {"loss": (jnp.sum(terms.loss * mask), count)}
+    for branch, d in branch_margins.items():
+        correct = jnp.where(d > 0, 1.0, jnp.where(d == 0, 0.5, 0.0))
+        sums[f"{branch}/loss"] = (jnp.sum(terms.branch_losses[branch] * mask), count)
+        sums[f"{branch}/accuracy"] = (jnp.sum(correct * decided), jnp.sum(decided))
+        sums[f"{branch}/margin"] = (jnp.sum(d * mask), count)
+    if terms.sfc is not None:
+        bins = jnp.clip(jnp.floor(terms.sfc * SFC_BINS), 0, SFC_BINS - 1)
+        histogram = jnp.sum(mask[:, None] * (bins[:, None] == jnp.arange(SFC_BINS, dtype=jnp.float32)[None]), axis=0)
+        sums["sfc"] = (jnp.sum(terms.sfc * mask), count)
+        sums["sfc/histogram"] = (histogram, count)
+    return sums
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, dtype: jnp.dtype
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`step(state, batch [M, ...]) -> (state, metrics)`: one optimiser step, the same for any M.
+
+    The loss is the mean over all valid comparisons of the whole batch: micro-batches add up gradients of sums, and
+    one division by the total count follows. Metrics are means; "sfc/histogram" is counts.
+    """
+
+    def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> tuple[Array, Sums]:
+        rewards = branch_rewards(graphdef, params, frozen, batch, dtype)
+        branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
+        terms = objective.terms(branch_margins, batch.comparisons)
+        sums = _sums(terms, branch_margins, batch)
+        return sums["loss"][0], sums
+
+    def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
+        grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch)
+        return grads, sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        first = jax.tree.map(lambda x: x[0], batch)
+        total = micro(state, first)
+        if batch.group_index.shape[0] > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            add = lambda total, b: (jax.tree.map(jnp.add, total, micro(state, b)), None)  # noqa: E731
+            total, _ = jax.lax.scan(add, total, rest)
+        grads, sums = total
+        count = jnp.maximum(sums["loss"][1], 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(params, state.frozen, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, objective: Objective, dtype: jnp.dtype
+) -> Callable[[dict[str, nnx.State], nnx.State, Batch], dict[str, Array]]:
+    """`step(params, frozen, batch) -> arrays`: rewards [G, N] and margins [C] per branch, and SFC [C] where used."""
+
+    def step(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> dict[str, Array]:
+        rewards = branch_rewards(graphdef, params, frozen, batch, dtype)
+        branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
+        terms = objective.terms(branch_margins, batch.comparisons)
+        out = {f"{b}/rewards": r for b, r in rewards.items()} | {f"{b}/margins": d for b, d in branch_margins.items()}
+        return out if terms.sfc is None else out | {"sfc": terms.sfc}
+
+    return step

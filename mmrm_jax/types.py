@@ -1,0 +1,109 @@
+"""The values that travel between layers: groups on the host, batches on the device.
+
+A *group* is one image and prompt with N responses; *comparisons* are index pairs into them. Everything above
+the data layer speaks groups: a preference pair is N = 2 with one comparison, VLFeedback is N = 4 with up to six.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One preference among a group's responses: `winner` beats `loser` (indices into `Group.responses`).
+
+    `margin` is a target margin m for the Bradley-Terry loss, softplus(-(d - m)); 0 is the ordinary loss.
+    With `tie` the two were judged equal and the order carries no meaning.
+    """
+
+    winner: int
+    loser: int
+    margin: float = 0.0
+    tie: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One validated record: an image and prompt with N responses and their comparisons.
+
+    `image` is a file path, the encoded bytes themselves, or None for a text-only record. `file` and `row`
+    (1-based) say where the record came from, for error messages.
+    """
+
+    id: str
+    prompt: str
+    responses: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    image: Path | bytes | None
+    environment: str
+    file: str
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarantined:
+    """A row that could not be used, and why; never silently dropped, always reported."""
+
+    file: str
+    row: int
+    reason: str
+    id: str | None = None
+
+
+def _pytree(cls: type) -> type:
+    """Make a class a frozen dataclass whose fields are all pytree children."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=[])
+
+
+@_pytree
+class Prefix:
+    """What every response of a group shares, as one branch sees it: image, prompt, chat template.
+
+    `visual_index[g, p]` is -1 at a text token; elsewhere the index, into the group's T*V visual tokens, of the
+    feature that replaces the token's embedding. `pixels` is None for a branch without an image, and has a leading
+    axis of 1 where all groups share one (blank) image.
+    """
+
+    tokens: Int[Array, "*M G P"]
+    lengths: Int[Array, "*M G"]
+    visual_index: Int[Array, "*M G P"]
+    pixels: UInt8[Array, "*M G_or_1 T height width 3"] | None
+
+
+@_pytree
+class Comparisons:
+    """Preferences of a batch: `index[c]` = (winner, loser) into the flattened G*N responses.
+
+    Padding rows have `mask` False and point at response 0.
+    """
+
+    index: Int[Array, "*M C 2"]
+    margin: Float[Array, "*M C"]
+    tie: Bool[Array, "*M C"]
+    mask: Bool[Array, "*M C"]
+
+
+@_pytree
+class Batch:
+    """A padded batch of groups with static shapes. A leading axis M, where present, is micro-batches.
+
+    `prefixes` is keyed by branch ("primary", "proxy"); all branches share the response tokens. Padding is
+    `lengths == 0`; `group_index` is the group's position in its source, -1 for a padding group.
+    """
+
+    prefixes: dict[str, Prefix]
+    responses: Int[Array, "*M G N R"]
+    response_lengths: Int[Array, "*M G N"]
+    comparisons: Comparisons
+    group_index: Int[Array, "*M G"]
+
+
+PyTree = Any

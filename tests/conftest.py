@@ -1,0 +1,56 @@
+"""The test session: eight fake CPU devices, run-time shape checks, one compilation cache for all workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# JAX reads its environment once, when it is imported; the commands that tests start inherit it.
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could choose its devices"
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+
+# Shapes and dtypes in annotations are checked at every call, in tests only.
+install_import_hook(["mmrm_jax.models", "mmrm_jax.objectives"], "beartype.beartype")
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the workers of one session, and the commands they start, share what they compile."""
+    if hasattr(config, "workerinput"):  # an xdist worker inherits the environment of the session that started it
+        return
+    cache = tempfile.mkdtemp(prefix="mmrm-test-cache-")
+    os.environ[CACHE_VARIABLE] = cache
+    # JAX locks the cache only where it has a maximum size; without the lock a worker can read a half-written entry.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 1024**3)
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+@pytest.fixture
+def strict_numerics() -> Iterator[None]:
+    """Raise where dtypes or ranks are promoted implicitly: our own code must not, libraries may."""
+    import jax
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("strict"))
+        stack.enter_context(jax.numpy_rank_promotion("raise"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout: reference values and real data that are not in the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no reference data: {path} does not exist")
+    return path

@@ -1,0 +1,320 @@
+"""Accuracy, SFD and their intervals against numbers worked out by hand and known distributions."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmrm_jax.eval.metrics import CellScores, Sfd, accuracy, cell_row, correctness, interval, sfd
+from mmrm_jax.eval.summary import cell_kind, format_matrix, mean_over_seeds, summarise
+
+IID = {"a": "ta", "b": "tb"}
+ROW_KEYS = [
+    "objective", "train", "test", "seed", "n", "accuracy", "accuracy_low", "accuracy_high",
+    "sfd", "accuracy_shortcut_right", "accuracy_shortcut_wrong", "n_shortcut_right", "n_shortcut_wrong",
+    "sfd_low", "sfd_high", "mean_reward", "mean_margin", "sfc_mean",
+]  # fmt: skip
+
+
+def cell(
+    margins, shortcut=None, *, objective="standard", train="a", test="ta", seed=0, clusters=None, tie=None, sfc=None
+):
+    margins = np.asarray(margins, np.float64)
+    n = len(margins)
+    return CellScores(
+        objective=objective,
+        train=train,
+        test=test,
+        seed=seed,
+        margins=margins,
+        shortcut_margins=None if shortcut is None else np.asarray(shortcut, np.float64),
+        clusters=np.arange(n) if clusters is None else np.asarray(clusters, np.int64),
+        tie=np.zeros(n, bool) if tie is None else np.asarray(tie, bool),
+        mean_reward=0.25,
+        sfc=None if sfc is None else np.asarray(sfc, np.float64),
+    )
+
+
+def row(c, seed=0, resamples=1000):
+    return cell_row(c, np.random.default_rng(seed), resamples)
+
+
+def random_cells(rng, *, seeds=(0, 1, 2), objectives=("standard", "shortcut_aware"), n=120, tests=("ta", "tb", "tn")):
+    """Margins with a level per objective, a shared text-only model per train and seed, two comparisons a cluster."""
+    cells = []
+    for seed in seeds:
+        for train in IID:
+            for test in tests:
+                shortcut = rng.normal(0.5, 1, n)
+                for i, objective in enumerate(objectives):
+                    margins = rng.normal(0.3 + 0.4 * i, 1, n) + 0.5 * shortcut * (i == 0)
+                    cells.append(
+                        cell(margins, shortcut, objective=objective, train=train, test=test, seed=seed,
+                             clusters=np.arange(n) // 2)
+                    )  # fmt: skip
+    return cells
+
+
+def pick(rows, measure, objective, versus=None):
+    (found,) = [r for r in rows if (r["measure"], r["objective"], r["versus"]) == (measure, objective, versus)]
+    return found
+
+
+def test_correctness_and_accuracy_by_hand():
+    np.testing.assert_array_equal(correctness(np.array([2.0, -1e-9, 0.0, -0.0, 1e-30])), [1, 0, 0.5, 0.5, 1])
+    assert accuracy(np.array([1.0, -1.0, 0.0, 3.0])) == 0.625
+    # The label ties (first and third) drop out: one right, one wrong.
+    assert accuracy(np.array([1.0, -1.0, 0.0, 3.0]), np.array([True, False, True, False])) == 0.5
+    assert accuracy(np.array([1.0]), np.array([True])) is None
+    assert accuracy(np.array([])) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_margins_that_are_not_finite_are_named(bad):
+    with pytest.raises(ValueError, match="margin 2 is"):
+        correctness(np.array([1.0, 0.0, bad, bad]))
+    with pytest.raises(ValueError, match="standard trained on a, seed 0, tested on ta: margin 1"):
+        row(cell([0.0, bad]))
+    with pytest.raises(ValueError, match="margin 0"):
+        summarise([cell([1.0], [bad])], IID, rng=np.random.default_rng(0), resamples=5)
+
+
+def test_sfd_by_hand():
+    #                 S+   S+   S+  neither S-   S-   label tie
+    shortcut = np.array([1.0, 2.0, 0.1, 0.0, -1.0, -2.0, 1.0])
+    margins = np.array([1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -1.0])
+    tie = np.array([False] * 6 + [True])
+    # Acc(S+) = 2/3, Acc(S-) = (1/2 + 0)/2 = 1/4.
+    result = sfd(margins, shortcut, tie)
+    assert result == Sfd(2 / 3 - 1 / 4, 2 / 3, 1 / 4, n_right=3, n_wrong=2)
+    assert sfd(margins, shortcut).accuracy_right == 0.5  # the tie counted would be a fourth member of S+, wrong
+
+
+def test_sfd_is_undefined_where_a_side_is_empty():
+    assert sfd(np.array([1.0, -1.0]), np.array([1.0, 2.0])) == Sfd(None, 0.5, None, 2, 0)
+    assert sfd(np.array([1.0, -1.0]), np.array([-1.0, -2.0])) == Sfd(None, None, 0.5, 0, 2)
+    assert sfd(np.array([1.0]), np.array([0.0])) == Sfd(None, None, None, 0, 0)
+    result = row(cell([1.0, -1.0], [1.0, 2.0]))
+    assert (result["sfd"], result["sfd_low"], result["sfd_high"]) == (None, None, None)
+    assert (result["accuracy_shortcut_right"], result["accuracy_shortcut_wrong"]) == (0.5, None)
+
+
+def test_the_text_only_model_itself_has_sfd_one():
+    margins = np.array([1.0, -1.0, 2.0, -0.5])
+    assert sfd(margins, margins) == Sfd(1.0, 1.0, 0.0, 2, 2)
+
+
+def test_cell_row_by_hand_and_json_safe():
+    shortcut = [1.0, 1.0, -1.0, -1.0, 1.0]
+    result = row(cell([2.0, -1.0, 1.0, 4.0, 9.0], shortcut, tie=[0, 0, 0, 0, 1], sfc=[0.1, 0.2, 0.3, 0.4, 1.0]))
+    assert list(result) == ROW_KEYS
+    assert (result["n"], result["accuracy"], result["sfd"]) == (4, 0.75, -0.5)
+    assert (result["accuracy_shortcut_right"], result["accuracy_shortcut_wrong"]) == (0.5, 1.0)
+    assert (result["n_shortcut_right"], result["n_shortcut_wrong"]) == (2, 2)
+    assert (result["mean_margin"], result["mean_reward"]) == (1.5, 0.25)
+    assert result["sfc_mean"] == pytest.approx(0.25)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_cell_without_text_only_model_and_without_comparisons():
+    result = row(cell([1.0, 1.0, -1.0, -1.0]))
+    assert (result["accuracy"], result["sfd"], result["n_shortcut_right"], result["sfc_mean"]) == (
+        0.5,
+        None,
+        None,
+        None,
+    )
+    for empty in (row(cell([])), row(cell([1.0], [1.0], tie=[True]))):
+        json.dumps(empty, allow_nan=False)
+        assert (empty["n"], empty["accuracy"], empty["accuracy_low"], empty["mean_margin"]) == (0, None, None, None)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"tested on ta: clusters has shape \(3,\), margins \(2,\)"):
+        cell([1.0, 2.0], clusters=[0, 1, 2])
+    with pytest.raises(ValueError, match="one-dimensional"):
+        cell([[1.0, 2.0]])
+
+
+def test_intervals_cover_a_known_bernoulli():
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        result = cell_row(cell(np.where(rng.random(150) < 0.7, 1.0, -1.0)), rng, resamples=300)
+        covered += result["accuracy_low"] <= 0.7 <= result["accuracy_high"]
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_interval_width_is_the_normal_one():
+    result = row(cell(np.where(np.arange(1000) % 4 == 0, -1.0, 1.0)), resamples=4000)
+    width = result["accuracy_high"] - result["accuracy_low"]
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(0.75 * 0.25 / 1000), rel=0.08)
+
+
+def test_interval_of_sfd_is_the_normal_one():
+    margins = np.where(np.arange(1200) % 4 == 0, -1.0, 1.0)
+    result = row(cell(margins, np.where(np.arange(1200) < 800, 1.0, -1.0)), resamples=4000)
+    width = result["sfd_high"] - result["sfd_low"]
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(0.75 * 0.25 * (1 / 800 + 1 / 400)), rel=0.08)
+
+
+def test_duplicates_within_a_cluster_add_nothing():
+    rng = np.random.default_rng(1)
+    margins, shortcut = rng.normal(0.3, 1, 80), rng.normal(0, 1, 80)
+    clusters = np.arange(80) // 2 * 7 - 3  # labels need be neither contiguous nor positive
+    once = row(cell(margins, shortcut, clusters=clusters))
+    thrice = row(cell(np.tile(margins, 3), np.tile(shortcut, 3), clusters=np.tile(clusters, 3)))
+    for key in ("accuracy", "accuracy_low", "accuracy_high", "sfd", "sfd_low", "sfd_high"):
+        assert thrice[key] == pytest.approx(once[key], abs=1e-12)
+    unclustered = row(cell(np.tile(margins, 3), np.tile(shortcut, 3)))
+    assert unclustered["accuracy_high"] - unclustered["accuracy_low"] < 0.75 * (
+        once["accuracy_high"] - once["accuracy_low"]
+    )
+
+
+def test_interval_needs_most_resamples_defined():
+    values = np.linspace(0, 1, 101)
+    assert interval(values) == (0.025, 0.975)
+    assert interval(np.append(values, np.full(10, np.nan))) == (None, None)
+    assert interval(np.append(values, np.nan)) == (0.025, 0.975)
+    assert interval(np.full(3, np.nan)) == (None, None)
+
+
+def test_bootstrap_is_fast_and_chunked_draws_keep_their_width():
+    margins = np.where(np.arange(9000) % 2 == 0, 1.0, -1.0)  # more weights than are held at once
+    start = time.perf_counter()
+    result = row(cell(margins, margins))
+    assert time.perf_counter() - start < 3
+    width = result["accuracy_high"] - result["accuracy_low"]
+    assert width == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(9000), rel=0.15)
+
+
+def test_summary_means_by_hand():
+    def constant(share, **names):  # `share` of ten comparisons right; the text-only model is right on the first five
+        margins = np.where(np.arange(10) < 10 * share, 1.0, -1.0)
+        return cell(margins, np.where(np.arange(10) < 5, 1.0, -1.0), **names)
+
+    levels = {
+        ("a", "ta"): 1.0,
+        ("a", "tb"): 0.5,
+        ("a", "tn"): 0.6,
+        ("b", "tb"): 0.8,
+        ("b", "ta"): 0.3,
+        ("b", "tn"): 0.2,
+    }
+    cells = [constant(level, train=train, test=test) for (train, test), level in levels.items()]
+    better = {key: min(level + 0.2, 1.0) for key, level in levels.items()}
+    cells += [constant(v, objective="shortcut_aware", train=train, test=test) for (train, test), v in better.items()]
+    rows = summarise(cells, IID, rng=np.random.default_rng(0), resamples=200)
+    assert pick(rows, "iid", "standard")["mean"] == pytest.approx((1.0 + 0.8) / 2)
+    assert pick(rows, "ood", "standard")["mean"] == pytest.approx((0.5 + 0.3) / 2)
+    assert pick(rows, "other", "standard")["mean"] == pytest.approx((0.6 + 0.2) / 2)
+    # SFD per level: 1.0 -> 0, .5 -> 1, .6 -> .8, .8 -> .4, .3 -> .6, .2 -> .4; and the same 20 points up.
+    assert pick(rows, "sfd", "standard")["mean"] == pytest.approx((0 + 1 + 0.8 + 0.4 + 0.6 + 0.4) / 6)
+    assert pick(rows, "sfd_ood", "standard")["mean"] == pytest.approx((1 + 0.6) / 2)
+    assert pick(rows, "sfd_iid", "standard")["mean"] == pytest.approx((0 + 0.4) / 2)
+    aware = (0 + 0.6 + 0.4 + 0 + 1 + 0.8) / 6
+    assert pick(rows, "sfd", "shortcut_aware")["mean"] == pytest.approx(aware)
+    assert pick(rows, "ood", "shortcut_aware", "standard")["mean"] == pytest.approx(0.2)
+    assert pick(rows, "iid", "shortcut_aware", "standard")["mean"] == pytest.approx(0.1)
+    assert pick(rows, "sfd_reduction", "shortcut_aware", "standard")["mean"] == pytest.approx(1 - aware / (3.2 / 6))
+    assert all(set(r) == {"measure", "objective", "versus", "mean", "low", "high", "seeds"} for r in rows)
+    assert all(r["seeds"] == 1 for r in rows)
+
+
+def test_identical_objectives_differ_by_exactly_zero():
+    cells = random_cells(np.random.default_rng(3), objectives=("standard",))
+    copies = [CellScores(**{**vars(c), "objective": "copy"}) for c in cells]
+    rows = summarise(cells + copies, IID, rng=np.random.default_rng(0), resamples=200)
+    differences = [r for r in rows if r["versus"] == "standard"]
+    assert len(differences) == 7
+    assert all((r["mean"], r["low"], r["high"]) == (0.0, 0.0, 0.0) for r in differences)
+    # and their levels have an interval of some width
+    assert pick(rows, "ood", "copy")["low"] < pick(rows, "ood", "copy")["high"]
+
+
+def test_pairing_makes_the_difference_surer_than_the_levels():
+    rng = np.random.default_rng(5)
+    cells = []
+    for train, test in (("a", "ta"), ("b", "tb")):
+        margins = np.where(rng.random(400) < 0.6, 1.0, -1.0)
+        better = np.where((margins < 0) & (rng.random(400) < 0.1), 1.0, margins)
+        cells += [cell(margins, train=train, test=test), cell(better, objective="better", train=train, test=test)]
+    rows = summarise(cells, IID, rng=np.random.default_rng(0))
+    level, change = pick(rows, "iid", "better"), pick(rows, "iid", "better", "standard")
+    assert change["high"] - change["low"] < 0.5 * (level["high"] - level["low"])
+    assert 0 < change["low"] < change["mean"] < change["high"]
+
+
+def test_seeds_widen_the_interval():
+    """Two seeds at 50 % and 100 %: resampling them gives 50, 75 or 100 %; the test set alone leaves far less open."""
+    half = np.where(np.arange(400) % 2 == 0, 1.0, -1.0)
+    rows = summarise([cell(half, seed=0), cell(np.ones(400), seed=9)], IID, rng=np.random.default_rng(0))
+    both = pick(rows, "iid", "standard")
+    assert both["mean"] == 0.75 and both["seeds"] == 2
+    assert both["low"] < 0.52 and both["high"] == 1.0
+    one = pick(summarise([cell(half)], IID, rng=np.random.default_rng(0)), "iid", "standard")
+    assert one["seeds"] == 1
+    assert 0.44 < one["low"] < 0.5 < one["high"] < 0.56
+
+
+def test_summary_leaves_out_what_no_cell_measures_and_keeps_the_undefined():
+    rows = summarise(
+        [cell([1.0, -1.0]), cell([1.0, 1.0], objective="x")], IID, rng=np.random.default_rng(0), resamples=9
+    )
+    assert {r["measure"] for r in rows} == {"iid", "sfd", "sfd_iid", "sfd_reduction"}
+    assert pick(rows, "sfd", "standard")["mean"] is None and pick(rows, "sfd", "x", "standard")["mean"] is None
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert summarise([], IID, rng=np.random.default_rng(0)) == []
+
+
+def test_reduction_is_undefined_where_standard_has_no_sfd_to_reduce():
+    shortcut = np.tile([1.0, -1.0], 20)
+    worse = -shortcut  # right where the text-only model is wrong: SFD -1
+    cells = [cell(worse, shortcut), cell(shortcut, shortcut, objective="x")]
+    reduction = pick(summarise(cells, IID, rng=np.random.default_rng(0)), "sfd_reduction", "x", "standard")
+    assert (reduction["mean"], reduction["low"], reduction["high"]) == (None, None, None)
+
+
+def test_summary_is_reproducible_and_refuses_unpaired_cells():
+    cells = random_cells(np.random.default_rng(2))
+    first, second = (summarise(cells, IID, rng=np.random.default_rng(4), resamples=50) for _ in range(2))
+    assert first == second
+    with pytest.raises(ValueError, match="two cells are named"):
+        summarise([*cells, cells[0]], IID, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match="scored on different comparisons"):
+        summarise([cell([1.0]), cell([1.0, 2.0], objective="x")], IID, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"no i\.i\.d\. test is named for training environment 'c'"):
+        summarise([cell([1.0], train="c")], IID, rng=np.random.default_rng(0))
+
+
+def test_cell_kind():
+    assert [cell_kind("a", test, IID) for test in ("ta", "tb", "tn")] == ["iid", "ood", "other"]
+
+
+def test_mean_over_seeds_skips_the_undefined():
+    rows = [row(cell([1.0, -1.0], [1.0, -1.0])), row(cell([1.0, 1.0], [1.0, 1.0], seed=1))]
+    (mean,) = mean_over_seeds(rows)
+    assert (mean["accuracy"], mean["sfd"], mean["n_shortcut_wrong"], mean["seeds"]) == (0.75, 1.0, 0.5, 2)
+
+
+def test_tables_for_the_terminal():
+    cells = random_cells(np.random.default_rng(8))
+    cells += [cell([1.0, -1.0], objective="[red]odd[/red]", test="only")]
+    rows = [row(c, resamples=50) for c in cells]
+    tables = format_matrix(rows, summarise(cells, IID, rng=np.random.default_rng(0), resamples=50), iid=IID)
+    output = io.StringIO()
+    console = Console(file=output, width=160, force_terminal=True)
+    for table in tables:
+        console.print(table)
+    printed = output.getvalue()
+    assert len(tables) == 4
+    own = np.mean([r["accuracy"] for r in rows if (r["objective"], r["train"], r["test"]) == ("standard", "a", "ta")])
+    assert f"\x1b[1m{100 * own:.1f}\x1b[0m" in printed  # i.i.d. in bold
+    assert "[red]odd[/red]" in printed  # names are text, not markup
+    assert "shortcut_aware − standard" in printed

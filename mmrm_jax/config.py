@@ -95,13 +95,14 @@ class MeshConfig:
 class DataConfig:
     """How groups become batches.
 
-    max_length: token budget of one conversation; longer rows are quarantined, never truncated.
-    max_tiles: most image tiles per group before the thumbnail; None takes the checkpoint's own value.
-    buckets: how many padded sizes each of prefix and response length may take: the bound on compilations.
-    workers: Grain worker processes; 0 reads in the training process.
-    holdout: share of each training file, split off by image, on which choices are made.
-    holdout_seed: which share that is.
-    cache: keep encoded groups in memory (small data sets: decoding and tokenising happen once).
+    Attributes:
+        max_length: Token budget of one conversation; longer rows are quarantined, never truncated.
+        max_tiles: Most image tiles per group, not counting the thumbnail; None takes the checkpoint's own value.
+        buckets: How many padded sizes the response length may take: the bound on compilations.
+        workers: Grain worker processes; 0 reads in the training process.
+        holdout: Share of each training file, split off by image, on which choices are made.
+        holdout_seed: Which share that is.
+        cache: Keep encoded groups in memory: decoding and tokenising happen once. For small data sets.
     """
 
     max_length: int = 4096
@@ -117,12 +118,24 @@ class DataConfig:
 class TrainConfig:
     """One training run.
 
-    objective: a name in `mmrm_jax.objectives`.
-    proxy_input: what the text-only proxy sees in place of the image: nothing ("absent") or a white tile ("blank").
-    batch_size: groups per optimiser step over all devices; micro_batches splits it without changing the result.
-    steps: optimiser steps; None trains for `epochs` passes.
-    freeze: first path elements of parameters that are not trained.
-    compute_dtype: of activations and matrix products; parameters, head, margins and losses are float32.
+    Attributes:
+        objective: standard, text_only, image_only or shortcut_aware.
+        proxy_input: What the text-only proxy sees in place of the image: nothing (absent) or a white tile (blank).
+        batch_size: Groups per optimiser step, over all devices.
+        micro_batches: Parts the batch is split into to save memory; the result is the same.
+        eval_batch_size: Groups per evaluation step.
+        steps: Optimiser steps; None trains for `epochs` passes over the data.
+        epochs: Passes over the data.
+        seed: Seeds the order of the data and what the checkpoint lacks (the score head).
+        freeze: Parts that are not trained: any of vision, projector, decoder, score.
+        compute_dtype: Of activations and matrix products; parameters, head, margins and losses are float32.
+        optimizer: AdamW and its schedule.
+        mesh: Device mesh.
+        data: How groups become batches.
+        log_every: Steps per entry of metrics.jsonl.
+        eval_every: Steps between evaluations on the held-out part; None evaluates at the end only.
+        checkpoint_every: Steps between checkpoints; None saves at the end only.
+        strict: Stop at the first row that cannot be used, instead of reporting it in the quarantine.
     """
 
     objective: str = "shortcut_aware"
@@ -148,24 +161,39 @@ class TrainConfig:
 class Environment:
     """One preference distribution: a training set and the test set drawn like it.
 
-    `train` None makes a test set that no model is trained for (a neutral control, say). Paths are preference
-    files or `DIRECTORY:SPLIT` of a prepared data set, relative to the matrix's `root`.
+    Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
+
+    Attributes:
+        name: Its name in tables.
+        train: Training set; None makes a test set that no model is trained for (a neutral control, say).
+        test: Test set.
+        validation: Validation set; None holds out a part of `train`.
     """
 
     name: str
     train: str | None
     test: str
+    validation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixConfig:
     """Objective x environment x seed: the cross-distribution matrix.
 
-    on: "test" uses the test sets, "validation" the held-out part of every training set, for making choices.
-    jobs: cells trained at the same time, each in a process of its own.
+    Attributes:
+        model: Checkpoint folder in the InternVL chat layout; None takes the tiny model in the package.
+        root: Folder that the environments' paths are relative to.
+        image_root: Folder that image paths are relative to; None takes the folder of the file that names them.
+        environments: Preference distributions to train and test on.
+        objectives: Objectives to compare. text_only costs no run beside shortcut_aware: it is its proxy.
+        seeds: Runs per cell.
+        on: test uses the test sets; validation what was held out of the training sets, for making choices.
+        out: Run directory. A matrix that was interrupted goes on where it stopped.
+        train: Settings of every run; objective and seed are set by the matrix.
+        title: Heading of the report.
     """
 
-    model: Path
+    model: Path | None = None
     root: Path = Path(".")
     image_root: Path | None = None
     environments: tuple[Environment, ...] = ()
@@ -174,7 +202,6 @@ class MatrixConfig:
     on: Literal["test", "validation"] = "test"
     out: Path = Path("runs/matrix")
     train: TrainConfig = TrainConfig()
-    jobs: int = 1
     title: str = "Cross-distribution matrix"
 
 

@@ -95,7 +95,7 @@ class Comparisons:
 class Batch:
     """A padded batch of groups with static shapes. A leading axis M, where present, is micro-batches.
 
-    `prefixes` is keyed by branch ("primary", "proxy"); all branches share the response tokens. Padding is
+    `prefixes` is keyed by branch ("primary", "proxy", "image"); all branches share the response tokens. Padding is
     `lengths == 0`; `group_index` is the group's position in its source, -1 for a padding group.
     """
 

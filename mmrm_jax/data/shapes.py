@@ -126,14 +126,14 @@ _WORDING = {
 }
 
 FILLERS = (
-    ", as anyone can see when looking at the whole scene",
+    ", as anyone can see in the scene",
     ", which is easy to tell from the picture",
-    ", and there is nothing else in the whole image",
-    ", as a careful look at the whole image will show",
+    ", and there is nothing else in it",
+    ", as a careful look will show",
     ", and this is what the question was about",
-    ", which is what one would say after a first look",
-    ", and the rest of the picture is just plain background",
-    ", as one can find out by looking at it closely",
+    ", which one can say after a first look",
+    ", and the rest is just plain background",
+    ", as one finds out by looking closely",
 )
 
 # Those that begin with a capital letter come before the answer, the others are inserted into it.
@@ -211,7 +211,7 @@ def fill_answer(template: str, scene: Scene) -> str:
 
 
 def style_answer(answer: str, style: str, rng: np.random.Generator) -> str:
-    """Finish an answer of `fill_answer`: "plain", "long" (1-2 filler clauses added) or "hedged" (one hedge added)."""
+    """Finish an answer of `fill_answer`: "plain", "long" (a filler clause added) or "hedged" (one hedge added)."""
     if style == "hedged":
         hedge = _pick(rng, HEDGES)
         if hedge.startswith(","):
@@ -219,8 +219,7 @@ def style_answer(answer: str, style: str, rng: np.random.Generator) -> str:
         return f"{hedge} {answer[0].lower()}{answer[1:]}".replace("|", "")
     answer = answer.replace("|", "")
     if style == "long":
-        chosen = rng.choice(len(FILLERS), size=int(rng.integers(1, 3)), replace=False)
-        return answer.removesuffix(".") + "".join(FILLERS[i] for i in chosen) + "."
+        return answer.removesuffix(".") + _pick(rng, FILLERS) + "."
     if style != "plain":
         raise ValueError(f"the style is {style!r}; it is plain, long or hedged")
     return answer

@@ -22,7 +22,7 @@ class Linear(nnx.Module):
     """y = x W (+ b) over the last axis, computed in the input's dtype."""
 
     def __init__(self, sizes: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs):
-        self.kernel = param(rngs, sizes, axes)
+        self.kernel = param(rngs, sizes, axes, nnx.initializers.lecun_normal())
         self.bias = param(rngs, sizes[1:], axes[1:], nnx.initializers.zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:

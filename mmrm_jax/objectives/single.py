@@ -15,4 +15,4 @@ def _terms(margins: Margins, comparisons: Comparisons) -> Terms:
 
 standard = Objective("standard", {"primary": "multimodal"}, "primary", _terms)
 text_only = Objective("text_only", {"proxy": "proxy"}, "proxy", _terms)
-image_only = Objective("image_only", {"primary": "image_only"}, "primary", _terms)
+image_only = Objective("image_only", {"image": "image_only"}, "image", _terms)

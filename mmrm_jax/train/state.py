@@ -56,6 +56,7 @@ def split_params(
 ) -> tuple[dict[str, nnx.State], nnx.State]:
     """(trainable per branch, frozen): every branch starts from the same parameters.
 
+    All are copies: a train step gives up the buffers of its state, and `params` may start another run.
     Raises ValueError for a name in `freeze` that the model does not have.
     """
     unknown = set(freeze) - set(params)
@@ -63,7 +64,8 @@ def split_params(
         raise ValueError(f"freeze names {sorted(unknown)}, but the model's parts are {sorted(params)}")
     frozen_names = {branch: branch_frozen(freeze, view) for branch, view in views.items()}
     trainable = {b: jax.tree.map(jnp.array, _part(params, names, inside=False)) for b, names in frozen_names.items()}
-    return trainable, _part(params, frozenset().union(*frozen_names.values()), inside=True)
+    frozen = _part(params, frozenset().union(*frozen_names.values()), inside=True)
+    return trainable, jax.tree.map(jnp.array, frozen)
 
 
 def merge_branch(trainable: nnx.State, frozen: nnx.State) -> nnx.State:

@@ -1,0 +1,279 @@
+"""The `mmrm` command. Each subcommand is a few lines: arguments, one call, one result."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartArgs:
+    """Train text-only, standard and shortcut-aware reward models on the shapes world, and compare them.
+
+    Needs no download and no accelerator: the data set is rendered here, the tiny pretrained model is in the package.
+
+    Attributes:
+        config: Settings; the defaults are those of the numbers in the README.
+        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect.
+        data: Where the rendered data set is kept; None puts it into the run directory.
+        json: Also write the results to this file.
+    """
+
+    config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
+    steps: int | None = None
+    data: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixArgs:
+    """Train every objective in every environment and test each model on all of them.
+
+    Begin with a configuration file, `mmrm matrix configs/grocery.py`, or name the environments here. The table shows
+    what each objective does on its own distribution (i.i.d.) and on the others (o.o.d.). An interrupted matrix goes on
+    where it stopped when the command is given again.
+
+    Attributes:
+        config: Settings.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
+        json: Also write the results to this file.
+    """
+
+    config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
+    env: tuple[str, ...] = ()
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Train one reward model on one preference file or prepared data set.
+
+    Attributes:
+        spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
+            goes on from its last checkpoint when the command is given again.
+        config: Settings.
+        model: Checkpoint folder in the InternVL chat layout; None takes the tiny model in the package.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        json: Also write the results to this file.
+    """
+
+    spec: Annotated[str, tyro.conf.arg(name="data")]
+    out: Path
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    model: Path | None = None
+    image_root: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+    """Evaluate a trained run on a preference file: accuracy, SFD, rewards, margins and the SFC distribution.
+
+    Attributes:
+        run: Run directory of `mmrm train`.
+        data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        json: Also write the results to this file.
+    """
+
+    run: Path
+    data: str
+    image_root: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArgs:
+    """Validate preference files and write them as one data set (TFDS, ArrayRecord), one split a file.
+
+    Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
+
+    Attributes:
+        files: Preference files: the authors' pairwise JSONL, or VLFeedback.
+        out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
+        image_root: Folder that image paths are relative to; None takes each file's own.
+        strict: Stop at the first bad row.
+        json: Also write the results to this file.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path
+    image_root: Path | None = None
+    strict: bool = False
+    json: Path | None = None
+
+
+def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See QuickstartArgs."""
+    from mmrm_jax.eval import quickstart as shapes
+    from mmrm_jax.eval.matrix import run_matrix
+    from mmrm_jax.eval.publish import publish
+
+    args = _parse(QuickstartArgs, argv, QuickstartArgs(shapes.CONFIG))
+    config = args.config
+    if args.steps is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+    console.print("rendering the shapes world ...")
+    config = shapes.with_shapes_world(config, args.data or config.out / "data")
+    return _written(args.json, publish(run_matrix(config, console), console, _command("quickstart", argv)))
+
+
+def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See MatrixArgs."""
+    from mmrm_jax.eval.matrix import run_matrix
+    from mmrm_jax.eval.publish import publish
+
+    default, rest = _config_file(argv, MatrixConfig)
+    args = _parse(MatrixArgs, rest, MatrixArgs(default or MatrixConfig()))
+    config = args.config
+    if args.env:
+        config = dataclasses.replace(config, environments=tuple(map(_environment, args.env)))
+    if not config.environments:
+        raise ValueError("no environments: begin with a configuration file (configs/grocery.py) or give --env")
+    return _written(args.json, publish(run_matrix(config, console), console, _command("matrix", argv)))
+
+
+def train(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See TrainArgs."""
+    from mmrm_jax.eval.single import train_run
+
+    default, rest = _config_file(argv, TrainConfig)
+    args = _parse(TrainArgs, rest, TrainArgs("", Path(), default or TrainConfig()), required=("spec", "out"))
+    return _written(args.json, train_run(args.config, args.spec, args.out, args.model, args.image_root, console))
+
+
+def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See EvaluateArgs."""
+    from mmrm_jax.eval.single import evaluate_run
+
+    args = _parse(EvaluateArgs, argv)
+    return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console))
+
+
+def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See PrepareArgs."""
+    from mmrm_jax.data.records import summarise_quarantine
+    from mmrm_jax.data.tfds.preference_files import prepare as write
+
+    args = _parse(PrepareArgs, argv)
+    result = write(args.files, args.out, image_root=args.image_root, strict=args.strict)
+    for r in result.reports:
+        console.print(f"{r.split}: {r.groups} groups, {r.comparisons} comparisons, {r.quarantined} quarantined")
+    if result.quarantined:
+        console.print(summarise_quarantine(result.quarantined))
+        console.print(f"all of them: {result.quarantine_file}")
+    return _written(
+        args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
+    )
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], str]] = {
+    "quickstart": (quickstart, "compare objectives on the shapes world; needs nothing but this machine"),
+    "matrix": (matrix, "objective x environment on your own files: the cross-distribution matrix"),
+    "train": (train, "train one reward model"),
+    "evaluate": (evaluate, "evaluate a trained run on a preference file"),
+    "prepare": (prepare, "validate preference files and write them as a data set"),
+}
+
+
+def main() -> None:
+    """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
+        print("\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\nmmrm COMMAND --help explains its options.")
+        return
+    if argv[0] not in COMMANDS:
+        _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        COMMANDS[argv[0]][0](argv[1:], Console())
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("MMRM_TRACEBACK"):
+            raise
+        _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        _fail("interrupted; give the same command again to go on")
+
+
+def _fail(message: str) -> None:
+    print(f"mmrm: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"
+
+
+def _parse(cls: type[C], argv: Sequence[str], default: C | None = None, required: tuple[str, ...] = ()) -> C:
+    if default is None:
+        return tyro.cli(cls, args=list(argv))
+    missing = {name: tyro.MISSING for name in required}
+    return tyro.cli(cls, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
+
+
+def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[str]]:
+    """The `config` of a leading Python file, and the other arguments."""
+    if not argv or not argv[0].endswith(".py"):
+        return None, argv
+    path = Path(argv[0])
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: the first argument is a configuration file")
+    spec = importlib.util.spec_from_file_location("mmrm_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except TypeError as error:  # an unknown field of a configuration class
+        raise ValueError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, cls):
+        raise ValueError(f"{path} must define `config`, a {cls.__name__}; it is {type(config).__name__}")
+    return config, argv[1:]
+
+
+def _nearest_field(message: str) -> str:
+    """A hint for "unexpected keyword argument 'x'": the nearest field of any configuration class."""
+    from mmrm_jax import config
+
+    word = message.rpartition("argument ")[2].strip("'")
+    classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+    return _nearest(word, sorted({f.name for c in classes for f in dataclasses.fields(c)}))
+
+
+def _environment(text: str) -> Environment:
+    name, equals, files = text.partition("=")
+    train_file, comma, test = files.partition(",")
+    if not (name and equals and comma and test):
+        raise ValueError(f"--env {text!r} must be NAME=TRAIN,TEST or NAME=,TEST")
+    return Environment(name, train_file or None, test)
+
+
+def _command(name: str, argv: Sequence[str]) -> str:
+    return shlex.join(["mmrm", name, *argv])
+
+
+def _written(path: Path | None, result: dict[str, Any]) -> dict[str, Any]:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,65 @@
+"""A trained state on a data set: every comparison's margins, for every branch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches
+from mmrm_jax.train.program import Program
+from mmrm_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results in the order of the data: one entry per comparison, except the mean rewards.
+
+    `group` is the group's index in the data set; `winner` and `loser` index its responses. `margins[branch]` are
+    float32, `sfc` is present for objectives that use it, `mean_reward[branch]` averages over all responses.
+    """
+
+    group: np.ndarray
+    winner: np.ndarray
+    loser: np.ndarray
+    tie: np.ndarray
+    margins: dict[str, np.ndarray]
+    sfc: np.ndarray | None
+    mean_reward: dict[str, float]
+
+
+def evaluate(
+    program: Program, state: TrainState, data: EncodedSource, buckets: Buckets, *, batch_size: int
+) -> Evaluation:
+    """Run the evaluation step over a whole data set, in order."""
+    make = MakeBatch(data, buckets, batch_size)
+    columns: dict[str, list[np.ndarray]] = {}
+    rewards: dict[str, list[np.ndarray]] = {}
+    for stacked in batches(SequentialPlan(len(data), batch_size), make):
+        batch = jax.tree.map(lambda x: x[0], stacked)
+        out = jax.device_get(program.eval_step(state.params, state.frozen, program.put(batch, micro=False)))
+        mask, n = batch.comparisons.mask, batch.responses.shape[1]
+        group, local = np.divmod(batch.comparisons.index, n)
+        rows = {
+            "group": batch.group_index[group[:, 0]],
+            "winner": local[:, 0],
+            "loser": local[:, 1],
+            "tie": batch.comparisons.tie,
+        }
+        rows |= {k: v for k, v in out.items() if not k.endswith("/rewards")}
+        for name, values in rows.items():
+            columns.setdefault(name, []).append(values[mask])
+        for branch in program.objective.branches:
+            rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][batch.response_lengths > 0])
+    joined = {k: np.concatenate(v) for k, v in columns.items()}
+    return Evaluation(
+        group=joined["group"],
+        winner=joined["winner"],
+        loser=joined["loser"],
+        tie=joined["tie"],
+        margins={b: joined[f"{b}/margins"] for b in program.objective.branches},
+        sfc=joined.get("sfc"),
+        mean_reward={b: float(np.concatenate(r).mean(dtype=np.float64)) for b, r in rewards.items()},
+    )

@@ -1,0 +1,140 @@
+"""A finished matrix as rows, terminal tables, JSON and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from mmrm_jax.config import to_json
+from mmrm_jax.data.records import summarise_quarantine, write_quarantine
+from mmrm_jax.eval.matrix import PROXY, Matrix, scores
+from mmrm_jax.eval.metrics import cell_row
+from mmrm_jax.eval.report import ReportData, SfcExample, headline, write_report
+from mmrm_jax.eval.report_plots import Curve, SfcHistory
+from mmrm_jax.eval.summary import format_matrix, summarise
+from mmrm_jax.train.step import SFC_BINS
+
+EXAMPLES = 4  # comparisons shown at each end of the SFC scale, per environment
+
+
+def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
+    """Print the tables, write `results.json` and `report.html` into the run directory; returns the results."""
+    config = matrix.config
+    cells = list(scores(matrix))
+    rng = np.random.default_rng(0)
+    rows = [cell_row(cell, rng) for cell in cells]
+    summary = summarise(cells, matrix.data.iid, rng=rng)
+    for table in format_matrix(rows, summary, iid=matrix.data.iid):
+        console.print(table)
+    for sentence in headline(summary):
+        console.print(sentence)
+    result = {"rows": rows, "summary": summary, "seconds": matrix.seconds, "config": to_json(config)}
+    (config.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    if matrix.data.quarantined:
+        console.print(summarise_quarantine(matrix.data.quarantined))
+        write_quarantine(config.out / "quarantine.jsonl", matrix.data.quarantined)
+    report = config.out / "report.html"
+    write_report(report, _report_data(matrix, rows, summary, command))
+    console.print(f"{matrix.seconds:.0f} s; report: {report}")
+    return result
+
+
+def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command: str) -> ReportData:
+    config = matrix.config
+    facts = {
+        "model": str(config.model or "the tiny InternVL in the package"),
+        "data": ", ".join(f"{e.name}: {e.train or '-'} / {e.test}" for e in config.environments),
+        "tested on": config.on,
+        "seeds": str(config.seeds),
+        "training": f"{config.train.steps or f'{config.train.epochs} epochs'} steps of {config.train.batch_size} groups",
+        "learning rate": str(config.train.optimizer.learning_rate),
+        "proxy input": config.train.proxy_input,
+        "frozen": ", ".join(config.train.freeze) or "nothing",
+        "seconds": f"{matrix.seconds:.0f}",
+        "versions": versions(),
+    }
+    return ReportData(
+        title=config.title,
+        command=command,
+        facts=facts,
+        rows=rows,
+        summary=summary,
+        objectives=config.objectives,
+        trains=list(matrix.data.train),
+        tests=list(matrix.data.test),
+        iid=matrix.data.iid,
+        sfc_histories=_sfc_histories(matrix),
+        examples=_examples(matrix),
+        curves=_curves(matrix),
+        quarantined=matrix.data.quarantined,
+    )
+
+
+def versions() -> str:
+    """Versions that numbers depend on."""
+    import flax
+
+    import mmrm_jax
+
+    return f"mmrm_jax {mmrm_jax.__version__}, jax {jax.__version__}, flax {flax.__version__}, {jax.default_backend()}"
+
+
+def _sfc_histories(matrix: Matrix) -> list[SfcHistory]:
+    edges = np.linspace(0.0, 1.0, SFC_BINS + 1)
+    return [
+        SfcHistory(
+            train=r.cell.train,
+            seed=r.cell.seed,
+            steps=np.asarray([h["step"] for h in r.history]),
+            counts=np.asarray([h["sfc/histogram"] for h in r.history]),
+            edges=edges,
+        )
+        for r in matrix.results
+        if r.history and "sfc/histogram" in r.history[0]
+    ]
+
+
+def _curves(matrix: Matrix) -> list[Curve]:
+    curves = []
+    for r in matrix.results:
+        steps = [h["step"] for h in r.history]
+        for key in r.history[0]:
+            if key.endswith("/accuracy"):
+                branch = key.split("/")[0]
+                label = f"{r.cell.objective} {r.cell.train} {r.cell.seed}"
+                curves.append(Curve(f"{branch} accuracy", label, steps, [h[key] for h in r.history]))
+    return curves
+
+
+def _examples(matrix: Matrix) -> list[SfcExample]:
+    """The extremes of every environment's own test set, under its first shortcut-aware model."""
+    examples = []
+    for r in matrix.results:
+        own = matrix.data.iid[r.cell.train]
+        e = r.evaluations[own]
+        if r.cell.seed != 0 or e.sfc is None:
+            continue
+        order = np.argsort(e.sfc, kind="stable")
+        for kind, chosen in (("highest", order[::-1][:EXAMPLES]), ("lowest", order[:EXAMPLES])):
+            for c in chosen:
+                group = matrix.data.test[own].group(int(e.group[c]))
+                image = group.image.read_bytes() if isinstance(group.image, Path) else group.image
+                examples.append(
+                    SfcExample(
+                        train=r.cell.train,
+                        kind=kind,  # type: ignore[arg-type]
+                        sfc=float(e.sfc[c]),
+                        image=image,
+                        prompt=group.prompt,
+                        chosen=group.responses[e.winner[c]],
+                        rejected=group.responses[e.loser[c]],
+                        primary_margin=float(e.margins["primary"][c]),
+                        proxy_margin=float(e.margins[PROXY][c]),
+                    )
+                )
+    return examples

@@ -1,0 +1,38 @@
+"""The embedded default: the shapes world, from building its data to the matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mmrm_jax.config import DataConfig, Environment, MatrixConfig, OptimizerConfig, TrainConfig
+from mmrm_jax.data.tfds import quiet_tfds
+from mmrm_jax.data.tfds.shapes_world import build_shapes_world
+
+# The rates of the world are documented in `data.shapes`; these settings were chosen on the validation split.
+CONFIG = MatrixConfig(
+    out=Path("runs/quickstart"),
+    title="Shapes world: what shortcut-aware training changes",
+    train=TrainConfig(
+        batch_size=64,
+        steps=900,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        data=DataConfig(holdout=0.0, buckets=1),
+    ),
+)
+
+
+def with_shapes_world(config: MatrixConfig, data_dir: Path) -> MatrixConfig:
+    """Build the shapes world below `data_dir` where it is missing, and point the configuration at it."""
+    with quiet_tfds():
+        folders = build_shapes_world(data_dir)
+    environments = tuple(
+        Environment(
+            name,
+            train=None if name == "neutral" else f"{folder}:train",
+            validation=f"{folder}:validation",
+            test=f"{folder}:test",
+        )
+        for name, folder in folders.items()
+    )
+    return dataclasses.replace(config, environments=environments)

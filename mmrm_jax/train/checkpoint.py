@@ -1,0 +1,77 @@
+"""Orbax checkpoints of the train state.
+
+The state is saved as a flat mapping of parameter paths to arrays, so every array's name, shape and dtype is checked
+on the way back. The position in the data needs no file of its own: it is the step (see `data.pipeline.BatchPlan`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mmrm_jax.types import PyTree
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not fit the run; the message says how."""
+
+
+def _flat(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, treedef
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.resolve(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
+        self.directory = directory
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        found = self._checkpointer.latest
+        return None if found is None else int(found.step)
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Start saving `state` as `step`; returns at once."""
+        self._checkpointer.save_checkpointables_async(step, {"state": _flat(state)[0]})
+
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises CheckpointError listing arrays that are missing, superfluous or of another shape.
+        """
+        wanted, treedef = _flat(like)
+        abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in wanted.items()}
+        saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        problems = [f"missing: {k}" for k in sorted(wanted.keys() - saved.keys())]
+        problems += [f"superfluous: {k}" for k in sorted(saved.keys() - wanted.keys())]
+        for k in sorted(wanted.keys() & saved.keys()):
+            if tuple(saved[k].shape) != tuple(wanted[k].shape):
+                problems.append(f"shape of {k}: saved {tuple(saved[k].shape)}, wanted {tuple(wanted[k].shape)}")
+        if problems:
+            raise CheckpointError(f"{self.directory}, step {step}, does not fit:\n  " + "\n  ".join(problems))
+        restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        return treedef.unflatten([restored[k] for k in wanted])
+
+    def close(self) -> None:
+        """Wait for saves under way."""
+        self._checkpointer.close()
+
+
+def check_config(run_dir: Path, config: dict[str, Any], differences: list[str]) -> None:
+    """Write `config.json` into a new run directory; raises CheckpointError where another run's lies there."""
+    if differences:
+        shown = "\n  ".join(differences)
+        raise CheckpointError(
+            f"{run_dir} holds a run with another configuration:\n  {shown}\nname another directory, or delete this one"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

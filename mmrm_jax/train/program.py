@@ -1,0 +1,81 @@
+"""One objective on one model, compiled: what the runs of an experiment share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmrm_jax.config import ModelConfig, TrainConfig
+from mmrm_jax.objectives import OBJECTIVES, Objective
+from mmrm_jax.sharding import make_mesh, put_batch
+from mmrm_jax.train.optimizer import make_optimizer
+from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
+from mmrm_jax.train.step import make_eval_step, make_train_step
+from mmrm_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing."""
+
+    objective: Objective
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    train_step: Callable
+    eval_step: Callable
+
+    def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
+        """The sharded state at step 0 from one branch's parameters."""
+        views = self.objective.views(config.proxy_input)
+        return jax.device_put(create_state(params, views, config.freeze, self.optimizer), self.shardings)
+
+    def put(self, batch: Batch, *, micro: bool = True) -> Batch:
+        """Place a host batch on the mesh, leaving out the prefixes of branches this objective does not use."""
+        prefixes = {b: batch.prefixes[b] for b in self.objective.branches}
+        return put_batch(dataclasses.replace(batch, prefixes=prefixes), self.mesh, micro=micro)
+
+
+def find_objective(name: str) -> Objective:
+    """The objective of this name; raises ValueError listing the known ones."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is not known; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Program:
+    """Set up the mesh, the optimiser and both steps. Nothing is compiled before its first call."""
+    objective = find_objective(config.objective)
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, steps)
+    graphdef, params = abstract_model(model)
+    views = objective.views(config.proxy_input)
+    abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer), params)
+    shardings = state_shardings(abstract, mesh)
+    dtype = jnp.dtype(config.compute_dtype)
+    train_step = make_train_step(graphdef, objective, optimizer, dtype)
+    eval_step = make_eval_step(graphdef, objective, dtype)
+    return Program(
+        objective,
+        mesh,
+        optimizer,
+        shardings,
+        _in_mesh(mesh, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))),
+        _in_mesh(mesh, jax.jit(eval_step)),
+    )
+
+
+def _in_mesh(mesh: Mesh, step: Callable) -> Callable:
+    """Trace and call a step with its mesh set, so that the model can pin activations to it."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return step(*args)
+
+    return call

@@ -1,0 +1,46 @@
+"""Live progress on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def make_progress(console: Console) -> Progress:
+    """A bar with step, loss, accuracy, mean SFC, throughput and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def task(progress: Progress, name: str, steps: int, *, keep: bool = False) -> Iterator[Callable]:
+    """A bar for one run; yields the `report` function the training loop calls."""
+    bar = progress.add_task(name, total=steps, metrics="compiling")
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        progress.update(bar, completed=step, metrics=describe(metrics))
+
+    yield report
+    if not keep:
+        progress.remove_task(bar)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The metrics that fit on one line."""
+    parts = [f"loss {metrics['loss']:.3f}"]
+    accuracies = {k.split("/")[0]: v for k, v in metrics.items() if k.endswith("/accuracy") and k.count("/") == 1}
+    parts += [f"{branch} {100 * value:.1f} %" for branch, value in accuracies.items()]
+    if "sfc" in metrics:
+        parts.append(f"SFC {metrics['sfc']:.2f}")
+    parts.append(f"{metrics['groups'] / max(metrics['seconds'], 1e-9):.0f} groups/s")
+    return "  ".join(parts)

@@ -1,0 +1,97 @@
+"""From paths in a configuration to a model, a processor and encoded data: shared by every command."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+
+from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
+from mmrm_jax.data.pipeline import EncodedSource, index_source
+from mmrm_jax.data.processor import Processor
+from mmrm_jax.data.records import DataError, raise_first
+from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
+from mmrm_jax.models.hf.config import read_config
+from mmrm_jax.models.hf.weights import load_params
+from mmrm_jax.objectives import Objective
+from mmrm_jax.train.state import init_params
+from mmrm_jax.types import Quarantined
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model folder in the Hugging Face layout, opened: its configuration and its processor."""
+
+    path: Path
+    config: ModelConfig
+    processor: Processor
+
+
+def open_checkpoint(path: Path, data: DataConfig) -> Checkpoint:
+    """Raises ValueError naming what is missing or unsupported."""
+    config = read_config(path)
+    processor = Processor.from_pretrained(
+        path, config.visual_tokens_per_tile, max_length=data.max_length, max_tiles=data.max_tiles
+    )
+    return Checkpoint(path, config, processor)
+
+
+def initial_params(checkpoint: Checkpoint, seed: int) -> tuple[nnx.State, list[str]]:
+    """Pretrained parameters; what the checkpoint lacks (the score head) is drawn from `seed` and named."""
+    return load_params(checkpoint.path, checkpoint.config, init_params(checkpoint.config, seed))
+
+
+def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
+    path, _, split = spec.rpartition(":") if ":" in Path(spec).name else (spec, "", "")
+    if split:
+        return open_source(root / path, split)
+    return open_source(root / spec, image_root=image_root)
+
+
+def training_sources(
+    spec: str, root: Path, image_root: Path | None, config: TrainConfig
+) -> tuple[GroupSource, GroupSource | None, list[Quarantined]]:
+    """(training part, held-out part or None, quarantined rows) of a training file, split by image."""
+    source, quarantined = open_spec(spec, root, image_root)
+    if config.strict:
+        raise_first(quarantined)
+    if not config.data.holdout:
+        return source, None, quarantined
+    train, held_out = split_holdout(source, config.data.holdout, config.data.holdout_seed)
+    return train, held_out, quarantined
+
+
+def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:
+    """What every branch of several objectives sees, so that their data is encoded once."""
+    views: dict[str, BranchInput] = {}
+    for objective in objectives:
+        views |= objective.views(config.proxy_input)
+    return views
+
+
+def encode(
+    source: GroupSource,
+    checkpoint: Checkpoint,
+    views: dict[str, BranchInput],
+    config: TrainConfig,
+    *,
+    name: str,
+    console: Console,
+) -> tuple[EncodedSource, list[Quarantined]]:
+    """Measure a source with a progress bar. In strict mode the first unusable group raises DataError."""
+
+    def progress(indices: range) -> Any:
+        return track(indices, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
+
+    data, quarantined = index_source(source, checkpoint.processor, views, cache=config.data.cache, progress=progress)
+    if config.strict:
+        raise_first(quarantined)
+    if not any(shape.comparisons for shape in data.shapes):
+        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference")
+    return data, quarantined

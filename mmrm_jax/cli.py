@@ -74,7 +74,7 @@ class TrainArgs:
 
     spec: Annotated[str, tyro.conf.arg(name="data")]
     out: Path
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: Path | None = None
     image_root: Path | None = None
     json: Path | None = None

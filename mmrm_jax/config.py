@@ -164,7 +164,7 @@ class Environment:
     Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
 
     Attributes:
-        name: Its name in tables.
+        name: Its name in tables, where a set is a split of a prepared data set; a file goes by its own name.
         train: Training set; None makes a test set that no model is trained for (a neutral control, say).
         test: Test set.
         validation: Validation set; None holds out a part of `train`.
@@ -174,6 +174,10 @@ class Environment:
     train: str | None
     test: str
     validation: str | None = None
+
+    def label(self, spec: str) -> str:
+        """What one of the environment's sets is called in tables."""
+        return self.name if ":" in Path(spec).name else Path(spec).stem
 
 
 @dataclasses.dataclass(frozen=True)

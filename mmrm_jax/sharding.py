@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mmrm_jax.config import MeshConfig
 from mmrm_jax.types import Batch, PyTree
 
-MeshAxes = str | tuple[str, ...] | None
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 # Logical axis -> mesh axes. An axis that is not named here is an error, so that none is replicated by accident.
 RULES: Mapping[str, MeshAxes] = {
@@ -32,7 +33,7 @@ RULES: Mapping[str, MeshAxes] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (default: all).
 
     Raises ValueError where the sizes do not multiply to the number of devices.
@@ -103,7 +104,9 @@ def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool) -> PyTree:
 
     shardings = jax.tree.map(one, batch)
     whole = jax.tree.map(lambda _: replicated(mesh), batch.comparisons)
-    return type(batch)(shardings.prefixes, shardings.responses, shardings.response_lengths, whole, shardings.group_index)
+    return type(batch)(
+        shardings.prefixes, shardings.responses, shardings.response_lengths, whole, shardings.group_index
+    )
 
 
 def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:

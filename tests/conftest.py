@@ -27,6 +27,8 @@ CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the workers of one session, and the commands they start, share what they compile."""
+    # Flax's State, checked at run time, is generic over the typing.Hashable that beartype calls deprecated.
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
     if hasattr(config, "workerinput"):  # an xdist worker inherits the environment of the session that started it
         return
     cache = tempfile.mkdtemp(prefix="mmrm-test-cache-")
@@ -45,6 +47,16 @@ def strict_numerics() -> Iterator[None]:
         stack.enter_context(jax.numpy_dtype_promotion("strict"))
         stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """Compile without optimising: tiny models spend their time in the compiler, and results must not depend on it."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

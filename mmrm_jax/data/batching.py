@@ -58,7 +58,7 @@ class Buckets:
 
 def _sizes(values: Sequence[int], k: int, multiple: int) -> tuple[int, ...]:
     """Up to k ascending sizes that cover all values: their quantiles, rounded up."""
-    quantiles = np.quantile(np.asarray(values), np.arange(1, k + 1) / k, method="higher")
+    quantiles = np.quantile(np.asarray(values), np.arange(1, k + 1) / k, method="inverted_cdf")
     return tuple(sorted({max(multiple, int(-(-q // multiple)) * multiple) for q in quantiles}))
 
 
@@ -82,7 +82,12 @@ def fit_buckets(shapes: Iterable[GroupShape], k: int, image_size: int, *, multip
 
 
 def _smallest(sizes: Sequence[int], needed: int) -> int:
-    return next(s for s in sizes if s >= needed)
+    fitting = [s for s in sizes if s >= needed]
+    if not fitting:
+        raise ValueError(
+            f"a group needs size {needed}, more than the largest bucket of {sizes}: fit buckets to all data"
+        )
+    return fitting[0]
 
 
 def _pad_rows(rows: Sequence[np.ndarray], count: int, width: int, fill: int = 0) -> np.ndarray:
@@ -93,14 +98,22 @@ def _pad_rows(rows: Sequence[np.ndarray], count: int, width: int, fill: int = 0)
 
 
 def collate(
-    groups: Sequence[EncodedGroup], buckets: Buckets, *, num_groups: int, micro_batches: int, views: Mapping[str, str]
+    groups: Sequence[EncodedGroup],
+    buckets: Buckets,
+    *,
+    num_groups: int,
+    micro_batches: int,
+    views: Mapping[str, str],
+    longest_response: int = 1,
 ) -> Batch:
     """A batch [M, num_groups / M, ...] of at most `num_groups` groups; the rest is padding.
 
-    A group and its comparisons stay in one micro-batch; all micro-batches share one shape.
+    A group and its comparisons stay in one micro-batch; all micro-batches share one shape. It has room for responses
+    of `longest_response` tokens even where these groups' are shorter. Raises ValueError where no bucket fits a group.
     """
     size = num_groups // micro_batches
-    response = _smallest(buckets.response, max((len(r) for g in groups for r in g.responses), default=1))
+    lengths = [len(r) for g in groups for r in g.responses]
+    response = _smallest(buckets.response, max([longest_response, *lengths]))
     responses = _smallest(buckets.responses, max((len(g.responses) for g in groups), default=1))
     tiles = _smallest(buckets.tiles, max((len(g.tiles) for g in groups if g.tiles is not None), default=0))
     prefix = {

@@ -8,22 +8,27 @@ a group that turns out to be unreadable leaves padding behind instead of shiftin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from mmrm_jax.config import BranchInput
 from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
 from mmrm_jax.data.images import ImageError
 from mmrm_jax.data.processor import Processor
-from mmrm_jax.data.records import DataError, write_quarantine
+from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
 from mmrm_jax.types import Batch, Group, Quarantined
 
-WINDOW = 16  # batches among which groups are sorted by length, to keep padding low
+WINDOW = 16  # most batches among which groups are sorted by length, to keep padding low
+
+# Grain reads 500 elements ahead by default, and an element is a whole batch here.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def index_source(
     views: dict[str, BranchInput],
     *,
     cache: bool,
-    progress: Callable[[range], object] = lambda x: x,
+    progress: Callable[[range], Iterable[int]] = lambda x: x,
 ) -> tuple[EncodedSource, list[Quarantined]]:
     """Measure every group of a source: text and image headers are read, pixels are not decoded.
 
@@ -72,7 +77,7 @@ def index_source(
     Raises DataError where no group is left.
     """
     kept, shapes, quarantined = [], [], []
-    for i in progress(range(len(source))):  # type: ignore[union-attr]
+    for i in progress(range(len(source))):
         group = source[i]
         try:
             shapes.append(processor.measure(group, views))
@@ -90,7 +95,9 @@ def index_source(
 class BatchPlan:
     """Step -> positions of its groups: epochs shuffled by (seed, epoch), then sorted by length within windows.
 
-    `lengths` are the groups' longest responses. Steps run on across epochs, so no group is left out.
+    `lengths` are the groups' longest responses. Steps run on across epochs, and a window is at most one epoch, so
+    over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or up; at any
+    step before that, two groups' counts differ by 2 at most.
     """
 
     lengths: Sequence[int]
@@ -101,13 +108,14 @@ class BatchPlan:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        window, within = divmod(step, WINDOW)
-        start = window * WINDOW * self.batch_size
-        positions = self._stream(start, WINDOW * self.batch_size)
+    def __getitem__(self, index: int) -> np.ndarray:
+        size = max(1, min(WINDOW, len(self.lengths) // self.batch_size))
+        window, within = divmod(index, size)
+        count = min(size, self.steps - window * size)  # the last window ends with the run
+        positions = self._stream(window * size * self.batch_size, count * self.batch_size)
         order = np.argsort(np.asarray(self.lengths)[positions], kind="stable")
-        shuffled = np.random.default_rng([self.seed, 1, window]).permutation(WINDOW)
-        return positions[order].reshape(WINDOW, self.batch_size)[shuffled[within]]
+        shuffled = np.random.default_rng([self.seed, 1, window]).permutation(count)
+        return positions[order].reshape(count, self.batch_size)[shuffled[within]]
 
     def _stream(self, start: int, count: int) -> np.ndarray:
         n = len(self.lengths)
@@ -128,15 +136,16 @@ class SequentialPlan:
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        return np.arange(step * self.batch_size, min(self.size, (step + 1) * self.batch_size))
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.arange(index * self.batch_size, min(self.size, (index + 1) * self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
 class MakeBatch:
     """Positions -> padded batch: the step of the pipeline that workers run.
 
-    Every process takes its slice of the batch. What cannot be read is appended to `quarantine`.
+    Every process takes its slice of the batch, padded like those of the others. A group that cannot be read leaves
+    padding; it is appended to `quarantine` when this process meets it first, or raises DataError where `strict`.
     """
 
     data: EncodedSource
@@ -147,20 +156,40 @@ class MakeBatch:
     strict: bool = False
     process_index: int = 0
     process_count: int = 1
+    reported: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = self.micro_batches * self.process_count
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be split into micro_batches={self.micro_batches} on "
+                f"{self.process_count} process(es): it must be a multiple of {parts}"
+            )
 
     def __call__(self, positions: np.ndarray) -> Batch:
         mine = positions[self.process_index :: self.process_count]
         encoded = [self.data.encode(int(p)) for p in mine]
         groups = [e for e in encoded if isinstance(e, EncodedGroup)]
-        bad = [e for e in encoded if isinstance(e, Quarantined)]
-        if bad and self.strict:
-            raise DataError(f"{bad[0].file}: row {bad[0].row}: {bad[0].reason} (--train.strict stops at the first)")
-        if bad and self.quarantine is not None:
-            write_quarantine(self.quarantine, bad)
-        local = self.batch_size // self.process_count
+        bad = {int(p): e for p, e in zip(mine, encoded, strict=True) if isinstance(e, Quarantined)}
+        if self.strict:
+            raise_first(list(bad.values()))
+        if self.quarantine is not None:
+            _append(self.quarantine, [e for p, e in bad.items() if p not in self.reported])
+            self.reported.update(bad)
         return collate(
-            groups, self.buckets, num_groups=local, micro_batches=self.micro_batches, views=self.data.views
+            groups,
+            self.buckets,
+            num_groups=self.batch_size // self.process_count,
+            micro_batches=self.micro_batches,
+            views=self.data.views,
+            longest_response=max(self.data.shapes[int(p)].response for p in positions),
         )
+
+
+def _append(path: Path, entries: Sequence[Quarantined]) -> None:
+    if entries:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries))
 
 
 def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:
@@ -169,9 +198,16 @@ def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:
     return fit_buckets(shapes, k, datasets[0].processor.preprocessing.image_size)
 
 
-def batches(plan: BatchPlan | SequentialPlan, make: MakeBatch, *, workers: int = 0) -> grain.IterDataset:
-    """The stream of batches of a plan; its iterator's state is checkpointable (`get_state`/`set_state`)."""
-    stream = grain.MapDataset.source(plan).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1))
+def batches(
+    plan: BatchPlan | SequentialPlan, make: MakeBatch, *, start: int = 0, workers: int = 0
+) -> grain.IterDataset[Batch]:
+    """The stream of batches of a plan from step `start` on, the same for any number of workers.
+
+    Its iterator's state can be saved and set (`get_state`, `set_state`) as long as `start` and `workers` stay the same.
+    """
+    stream = grain.MapDataset.source(plan)[start:].map(make).to_iter_dataset(_READ_AHEAD)
     if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only absl's own main parses
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return stream

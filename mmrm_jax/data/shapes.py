@@ -347,6 +347,15 @@ def make_caption(seed: int, index: int) -> Caption:
     return Caption(pixels=pixels, prompt=prompt, answer=style_answer(fill_answer(template, scene), style, rng))
 
 
+def make_check(seed: int, index: int) -> Caption:
+    """Check `index` of a stream: a question with a right or wrong answer of any style, to be told apart: Yes or No."""
+    rng = np.random.default_rng([seed, _CAPTIONS, 1, index])
+    sampled = sample_comparison(rng, "neutral")
+    shown = int(rng.integers(2))
+    prompt = f"{sampled.prompt} {sampled.responses[shown]} Is this right?"
+    return Caption(pixels=sampled.pixels, prompt=prompt, answer="Yes." if shown == sampled.right_index else "No.")
+
+
 def _pick(rng: np.random.Generator, values: tuple[str, ...]) -> str:
     return values[int(rng.integers(len(values)))]
 

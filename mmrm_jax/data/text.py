@@ -68,6 +68,10 @@ class ChatTokenizer:
         self.template = template
         self.visual_tokens_per_tile = visual_tokens_per_tile
 
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Tokenizer, Template, int]]:
+        # A pickled tokenizer forgets `encode_special_tokens`; data workers must treat text as text, too.
+        return ChatTokenizer, (self.tokenizer, self.template, self.visual_tokens_per_tile)
+
     @classmethod
     def from_pretrained(cls, path: Path, visual_tokens_per_tile: int) -> ChatTokenizer:
         """Read `tokenizer.json` and the template named in `config.json`; no code from the checkpoint runs."""

@@ -63,3 +63,10 @@ def evaluate(
         sfc=joined.get("sfc"),
         mean_reward={b: float(np.concatenate(r).mean(dtype=np.float64)) for b, r in rewards.items()},
     )
+
+
+def image_clusters(data: EncodedSource, e: Evaluation) -> np.ndarray:
+    """A number per comparison that is the same for comparisons of one image (of one group, without an image)."""
+    numbers: dict[object, int] = {}
+    images = ((data.group(int(g)).image, int(g)) for g in e.group)
+    return np.asarray([numbers.setdefault(i if i is not None else g, len(numbers)) for i, g in images])

@@ -15,7 +15,7 @@ from rich.console import Console
 from mmrm_jax.config import MatrixConfig, TrainConfig, differences, to_json
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, buckets_for
-from mmrm_jax.eval.evaluate import Evaluation, evaluate
+from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config
@@ -100,18 +100,20 @@ def load_data(config: MatrixConfig, checkpoint: Checkpoint, console: Console) ->
 
     for env in config.environments:
         held_out = None
+        spec = env.test if config.on == "test" else env.validation
+        test_name = env.label(spec or env.train or env.test)
         if env.train is not None:
+            name = env.label(env.train)
             source, held_out, bad = training_sources(env.train, config.root, config.image_root, config.train)
             quarantined.extend(bad)
-            add(train_sets, env.name, source)
-            iid[env.name] = env.name
-        spec = env.test if config.on == "test" else env.validation
+            add(train_sets, name, source)
+            iid[name] = test_name
         if spec is not None:
             source, bad = open_spec(spec, config.root, config.image_root)
             quarantined.extend(bad)
-            add(test_sets, env.name, source)
+            add(test_sets, test_name, source)
         elif held_out is not None:
-            add(test_sets, env.name, held_out)
+            add(test_sets, test_name, held_out)
     if not train_sets or not test_sets:
         raise ValueError("the matrix needs an environment with training data and a test set (or a hold-out)")
     buckets = buckets_for([*train_sets.values(), *test_sets.values()], config.train.data.buckets)
@@ -148,7 +150,9 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
             folder = config.out / "cells" / cell.name
             result = read_cell(folder, cell)
             if result is None:
-                settings = dataclasses.replace(config.train, objective=cell.objective, seed=config.train.seed + cell.seed)
+                settings = dataclasses.replace(
+                    config.train, objective=cell.objective, seed=config.train.seed + cell.seed
+                )
                 steps = training_steps(settings, len(data.train[cell.train]))
                 key = (cell.objective, steps)
                 if key not in programs:
@@ -221,7 +225,7 @@ def read_cell(folder: Path, cell: Cell) -> CellResult | None:
             evaluations[test] = Evaluation(
                 **{k: f[f"{test}/{k}"] for k in ("group", "winner", "loser", "tie")},
                 margins={b: f[f"{test}/margins/{b}"] for b in rewards},
-                sfc=f[f"{test}/sfc"] if f"{test}/sfc" in f else None,
+                sfc=f.get(f"{test}/sfc"),
                 mean_reward=rewards,
             )
     return CellResult(cell, evaluations, summary["history"], summary["seconds"])
@@ -240,7 +244,7 @@ def scores(matrix: Matrix) -> Iterator[CellScores]:
         cell, own = result.cell, find_objective(result.cell.objective)
         shortcut = text.get((cell.train, cell.seed))
         for test, e in result.evaluations.items():
-            clusters = _clusters(matrix.data.test[test], e)
+            clusters = image_clusters(matrix.data.test[test], e)
             common = {
                 "train": cell.train,
                 "test": test,
@@ -250,17 +254,17 @@ def scores(matrix: Matrix) -> Iterator[CellScores]:
                 "tie": e.tie,
             }
             yield CellScores(
-                objective=cell.objective, margins=e.margins[own.scores], mean_reward=e.mean_reward[own.scores],
-                sfc=e.sfc, **common,
+                objective=cell.objective,
+                margins=e.margins[own.scores],
+                mean_reward=e.mean_reward[own.scores],
+                sfc=e.sfc,
+                **common,
             )
             if own.name == "shortcut_aware" and "text_only" in wanted:
                 yield CellScores(
-                    objective="text_only", margins=e.margins[PROXY], mean_reward=e.mean_reward[PROXY], sfc=None, **common
+                    objective="text_only",
+                    margins=e.margins[PROXY],
+                    mean_reward=e.mean_reward[PROXY],
+                    sfc=None,
+                    **common,
                 )
-
-
-def _clusters(data: EncodedSource, e: Evaluation) -> np.ndarray:
-    """A number per comparison that is the same for comparisons of one image."""
-    images = [data.group(int(g)).image for g in e.group]
-    keys = [str(i) if not isinstance(i, bytes) else hash(i) for i in images]
-    return np.unique(np.asarray([str(k) for k in keys]), return_inverse=True)[1]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import to_json
+from mmrm_jax.config import TrainConfig, to_json
 from mmrm_jax.data.records import summarise_quarantine, write_quarantine
 from mmrm_jax.eval.matrix import PROXY, Matrix, scores
 from mmrm_jax.eval.metrics import cell_row
@@ -51,7 +51,7 @@ def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command:
         "data": ", ".join(f"{e.name}: {e.train or '-'} / {e.test}" for e in config.environments),
         "tested on": config.on,
         "seeds": str(config.seeds),
-        "training": f"{config.train.steps or f'{config.train.epochs} epochs'} steps of {config.train.batch_size} groups",
+        "training": f"{_length(config.train)}, {config.train.batch_size} groups a step",
         "learning rate": str(config.train.optimizer.learning_rate),
         "proxy input": config.train.proxy_input,
         "frozen": ", ".join(config.train.freeze) or "nothing",
@@ -73,6 +73,10 @@ def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command:
         curves=_curves(matrix),
         quarantined=matrix.data.quarantined,
     )
+
+
+def _length(config: TrainConfig) -> str:
+    return f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps} steps"
 
 
 def versions() -> str:

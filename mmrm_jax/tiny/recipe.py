@@ -20,12 +20,12 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jaxtyping import Array, Float
 
-from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from mmrm_jax.data.batching import collate
-from mmrm_jax.data.pipeline import buckets_for, index_source
+from mmrm_jax.config import BranchInput, DecoderConfig, ModelConfig, VisionConfig
+from mmrm_jax.data.pipeline import MakeBatch, buckets_for, index_source
 from mmrm_jax.data.processor import Processor
-from mmrm_jax.data.shapes import encode_png, make_caption, scene_truth
+from mmrm_jax.data.shapes import encode_png, make_caption, make_check, scene_truth
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import save_params
@@ -46,7 +46,7 @@ CONFIG = ModelConfig(
         rope_theta=10000.0,
     ),
 )
-VIEWS = {"primary": "multimodal"}
+VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
 WINDOW = 40  # longest answer, in tokens
 
 
@@ -55,32 +55,33 @@ class Recipe:
     """Pretraining settings."""
 
     out: Path
-    captions: int = 20000
-    steps: int = 4000
+    captions: int = 40000
+    steps: int = 6000
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
 
 
 def caption_group(seed: int, index: int) -> Group:
-    """A caption as a group of one response."""
-    c = make_caption(seed, index)
+    """A caption, or at odd indices a yes-or-no check of an answer, as a group of one response."""
+    c = make_check(seed, index) if index % 2 else make_caption(seed, index)
     return Group(f"caption-{index}", c.prompt, (c.answer,), (), encode_png(c.pixels), "captions", "captions", index + 1)
 
 
-def answer_window(batch: Batch, assistant: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def answer_window(batch: Batch, turn: int, header: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(positions, targets, mask), each [B, WINDOW]: where answers are predicted, and what comes next there.
 
-    A group of one response has all but its last token in the prefix; the answer follows the last `assistant` header.
+    A group of one response has all but its last token in the prefix; the answer follows the `header` tokens that the
+    last `turn` token begins.
     """
     prefix = batch.prefixes["primary"]
-    lengths, n = np.asarray(prefix.lengths), len(assistant)
+    lengths = np.asarray(prefix.lengths)
     positions = np.maximum(lengths[:, None] - WINDOW + np.arange(WINDOW)[None], 0)
     tokens = np.concatenate([np.asarray(prefix.tokens), np.zeros((len(lengths), 1), np.int32)], axis=1)
     tokens[np.arange(len(lengths)), lengths] = np.asarray(batch.responses)[:, 0, 0]
     targets = np.take_along_axis(tokens, positions + 1, axis=1)
-    starts = [max(i for i in range(len(t) - n + 1) if np.array_equal(t[i : i + n], assistant)) for t in tokens]
-    return positions, targets, positions >= np.asarray(starts)[:, None] + n - 1
+    starts = tokens.shape[1] - 1 - np.argmax(tokens[:, ::-1] == turn, axis=1)
+    return positions, targets, positions >= starts[:, None] + header - 1
 
 
 def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
@@ -96,26 +97,32 @@ def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
 
 
 def question_group(seed: int, index: int) -> Group:
-    """A held-out question with its right and wrong plain answers, in this order."""
-    c = scene_truth(seed, "neutral", "validation", index)
-    return Group(f"question-{index}", c.prompt, (c.right, c.wrong), (), encode_png(c.pixels), "", "questions", index + 1)
+    """A held-out question, or at odd indices a check, with its right and wrong answer in this order."""
+    if index % 2:
+        c = make_check(seed + 1, index)
+        pixels, prompt, answers = c.pixels, c.prompt, (c.answer, "No." if c.answer == "Yes." else "Yes.")
+    else:
+        q = scene_truth(seed, "neutral", "validation", index)
+        pixels, prompt, answers = q.pixels, q.prompt, (q.right, q.wrong)
+    return Group(f"question-{index}", prompt, answers, (), encode_png(pixels), "questions", "questions", index + 1)
 
 
-def pretrain(recipe: Recipe, processor: Processor, assistant: np.ndarray) -> nnx.State:
-    """Train from scratch; prints the loss, and on held-out questions how often the right answer is the likelier one."""
+def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
+    """Train from scratch; prints the loss, and how often the right answer to held-out questions is the likelier one."""
     source = MemorySource(tuple(caption_group(recipe.seed, i) for i in range(recipe.captions)))
     questions = MemorySource(tuple(question_group(recipe.seed, i) for i in range(512)))
     data, _ = index_source(source, processor, VIEWS, cache=True)
     test, _ = index_source(questions, processor, VIEWS, cache=True)
     buckets = buckets_for([data], 1)
-    test_batch = collate([test.encode(i) for i in range(512)], buckets_for([test], 1), num_groups=512, micro_batches=1, views=VIEWS)
+    test_batch = MakeBatch(test, buckets_for([test], 1), 512)(np.arange(512))
     test_batch = jax.tree.map(lambda x: x[0], test_batch)
+    make = MakeBatch(data, buckets, recipe.batch_size)
+    turn = processor.chat.special_id("<|im_start|>")
+    header = 1 + len(processor.chat.tokenizer.encode("assistant\n", add_special_tokens=False).ids)
 
     def batch(indices: np.ndarray) -> tuple[Batch, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        groups = [data.encode(int(i)) for i in indices]
-        made = collate(groups, buckets, num_groups=len(groups), micro_batches=1, views=VIEWS)
-        made = jax.tree.map(lambda x: x[0], made)
-        return made, answer_window(made, assistant)
+        made = jax.tree.map(lambda x: x[0], make(indices))
+        return made, answer_window(made, turn, header)
 
     with nnx.use_eager_sharding(False):
         graphdef, params = nnx.split(InternVL(CONFIG, nnx.Rngs(recipe.seed)))
@@ -123,13 +130,13 @@ def pretrain(recipe: Recipe, processor: Processor, assistant: np.ndarray) -> nnx
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
     def loss_fn(params, batch, window):
-        """Mean next-token loss over answer tokens."""
+        """Mean over answers of their mean next-token loss."""
         positions, targets, mask = window
         model = nnx.merge(graphdef, params)
         hidden, _ = model(batch.prefixes["primary"], batch.responses, jnp.dtype("float32"))
         logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return jnp.sum(losses * mask) / jnp.sum(mask)
+        return jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))
 
     @jax.jit
     def step(params, opt_state, batch, window):
@@ -137,15 +144,19 @@ def pretrain(recipe: Recipe, processor: Processor, assistant: np.ndarray) -> nnx
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    evaluate = jax.jit(lambda params, batch: jnp.mean(grounded(nnx.merge(graphdef, params), batch)))
+    evaluate = jax.jit(lambda params, batch: grounded(nnx.merge(graphdef, params), batch))
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(recipe.seed)
     start = time.monotonic()
     for i in range(recipe.steps):
         params, opt_state, loss = step(params, opt_state, *batch(rng.integers(len(data), size=recipe.batch_size)))
         if (i + 1) % 250 == 0:
-            right, seconds = evaluate(params, test_batch), time.monotonic() - start
-            print(f"step {i + 1}: loss {loss:.4f}, grounded {right:.3f}, {seconds:.0f} s", flush=True)
+            right, seconds = np.asarray(evaluate(params, test_batch)), time.monotonic() - start
+            answers, checks = right[0::2].mean(), right[1::2].mean()
+            print(
+                f"step {i + 1}: loss {loss:.4f}, answers {answers:.3f}, checks {checks:.3f}, {seconds:.0f} s",
+                flush=True,
+            )
     return params
 
 
@@ -157,8 +168,7 @@ def main() -> None:
     hf = config_to_hf(CONFIG, template="chatml-plain", max_tiles=6)
     (recipe.out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     processor = Processor.from_pretrained(recipe.out, CONFIG.visual_tokens_per_tile)
-    assistant = processor.chat.tokenizer.encode("assistant\n", add_special_tokens=False).ids
-    params = pretrain(recipe, processor, np.asarray([processor.chat.special_id("<|im_start|>"), *assistant]))
+    params = pretrain(recipe, processor)
     save_params(recipe.out, CONFIG, params)
 
 

@@ -20,7 +20,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that does not fit the run; the message says how."""
 
 
-def _flat(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def _flat(tree: PyTree) -> tuple[dict[str, Any], Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, treedef
 
@@ -30,7 +30,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2):
         self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            str(directory.resolve()),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # type: ignore[arg-type]
         )
         self.directory = directory
 
@@ -40,13 +41,20 @@ class Checkpoints:
         return None if found is None else int(found.step)
 
     def save(self, step: int, state: PyTree) -> None:
-        """Start saving `state` as `step`; returns at once."""
-        self._checkpointer.save_checkpointables_async(step, {"state": _flat(state)[0]})
+        """Start saving `state` as `step`; waits only for a save that is still under way."""
+        # Unless forced, Orbax leaves out a checkpoint, even the last, while it is busy with the one before.
+        self._checkpointer.save_checkpointables_async(step, {"state": _flat(state)[0]}, force=True)
+
+    def discard_after(self, step: int) -> None:
+        """Delete checkpoints newer than `step`: those of a run that starts again from there."""
+        for found in self._checkpointer.checkpoints:
+            if found.step > step:
+                self._checkpointer.delete(found.step)
 
     def restore(self, step: int, like: PyTree) -> PyTree:
         """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).
 
-        Raises CheckpointError listing arrays that are missing, superfluous or of another shape.
+        Raises CheckpointError listing arrays that are missing, superfluous or of another shape or dtype.
         """
         wanted, treedef = _flat(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in wanted.items()}
@@ -56,6 +64,8 @@ class Checkpoints:
         for k in sorted(wanted.keys() & saved.keys()):
             if tuple(saved[k].shape) != tuple(wanted[k].shape):
                 problems.append(f"shape of {k}: saved {tuple(saved[k].shape)}, wanted {tuple(wanted[k].shape)}")
+            if saved[k].dtype != wanted[k].dtype:
+                problems.append(f"dtype of {k}: saved {saved[k].dtype}, wanted {wanted[k].dtype}")
         if problems:
             raise CheckpointError(f"{self.directory}, step {step}, does not fit:\n  " + "\n  ".join(problems))
         restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]

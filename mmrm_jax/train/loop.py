@@ -28,7 +28,10 @@ class TrainingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """`history` has one entry per logging interval: means over it, and "sfc/histogram" counts where there are any."""
+    """`history` has one entry per logging interval: means over it, and "sfc/histogram" counts where there are any.
+
+    It and `seconds` include what came before, in a run that was resumed.
+    """
 
     state: TrainState
     history: list[dict[str, Any]]
@@ -48,36 +51,43 @@ def train(
 ) -> TrainResult:
     """Run from `state.step` to `steps`; `stream` yields the batches from there on.
 
-    With a `run_dir` it writes `metrics.jsonl`, TensorBoard events and checkpoints. `report` is called at every
-    logging interval. Raises TrainingError where the loss or a gradient stops being finite.
+    With a `run_dir` it writes `metrics.jsonl`, TensorBoard events and checkpoints; what lies there from steps after
+    `state.step` is replaced. A logging interval ends every `log_every` steps and wherever there is an evaluation or a
+    checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each. Raises
+    TrainingError where the loss or a gradient stops being finite.
     """
-    start = time.monotonic()
-    history: list[dict[str, Any]] = []
     pending: list[dict[str, jax.Array]] = []
     batches = iter(stream)
     with _Writers(run_dir, int(state.step)) as writers:
-        for step in range(int(state.step), steps):
+        history = writers.history
+        start = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
+        for step in range(int(state.step) + 1, steps + 1):
             state, metrics = program.train_step(state, program.put(_next(batches, step)))
             pending.append(metrics)
-            last = step + 1 == steps
-            if (step + 1) % config.log_every == 0 or last:
-                entry = _interval(pending, step + 1, time.monotonic() - start, config.batch_size)
+            evaluating = evaluate is not None and _due(config.eval_every, step, steps)
+            saving = _due(config.checkpoint_every, step, steps)
+            if evaluating or saving or _due(config.log_every, step, steps):
+                entry = _interval(pending, step, time.monotonic() - start, config.batch_size)
                 pending = []
-                if evaluate is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                if evaluate is not None and evaluating:
                     entry |= evaluate(state)
                 history.append(entry)
                 writers.write(entry)
-                report(step + 1, entry)
-            if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
-                writers.checkpoint(step + 1, state)
+                report(step, entry)
+            if saving:
+                writers.checkpoint(step, state)
     return TrainResult(state, history, time.monotonic() - start)
+
+
+def _due(every: int | None, step: int, steps: int) -> bool:
+    return step == steps or (every is not None and step % every == 0)
 
 
 def _next(batches: Iterator[Batch], step: int) -> Batch:
     try:
         return next(batches)
     except StopIteration:
-        raise TrainingError(f"the data ended before step {step + 1}") from None
+        raise TrainingError(f"the data ended before step {step}") from None
 
 
 def _interval(pending: list[dict[str, jax.Array]], step: int, seconds: float, batch_size: int) -> dict[str, Any]:
@@ -102,16 +112,18 @@ class _Writers:
 
     def __init__(self, run_dir: Path | None, step: int):
         self.run_dir, self.step = run_dir, step
+        self.history = [] if run_dir is None else _entries_up_to(run_dir / "metrics.jsonl", step)
 
     def __enter__(self) -> _Writers:
         if self.run_dir is not None:
             from tensorboardX import SummaryWriter
 
-            kept = _entries_up_to(self.run_dir / "metrics.jsonl", self.step)
-            self._metrics = (self.run_dir / "metrics.jsonl").open("w")
-            self._metrics.writelines(kept)
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.step or None)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             self._checkpoints = Checkpoints(self.run_dir / "checkpoints")
+            self._checkpoints.discard_after(self.step)
+            self._metrics = (self.run_dir / "metrics.jsonl").open("w")
+            self._metrics.writelines(json.dumps(entry) + "\n" for entry in self.history)
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.step + 1)
         return self
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -134,9 +146,10 @@ class _Writers:
             self._checkpoints.close()
 
 
-def _entries_up_to(path: Path, step: int) -> list[str]:
-    """The lines of an interrupted run's `metrics.jsonl` that a resumed run keeps."""
+def _entries_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The entries of an interrupted run's `metrics.jsonl` that a resumed run keeps; its last line may be cut short."""
     if not step or not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for entry in entries if entry["step"] <= step]

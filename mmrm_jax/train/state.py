@@ -94,4 +94,4 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
     frozen = param_shardings(state.frozen, mesh)
-    return TrainState(params, frozen, opt_state, replicated(mesh))
+    return TrainState(params, frozen, opt_state, replicated(mesh))  # type: ignore[arg-type]

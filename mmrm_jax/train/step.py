@@ -81,7 +81,7 @@ def make_train_step(
         count = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, state.frozen, opt_state, state.step + 1), metrics

@@ -65,7 +65,9 @@ def name_table(config: ModelConfig) -> list[Entry]:
 
 def _decoder(config: ModelConfig) -> list[Entry]:
     lay, llm = ("decoder", "layers"), "language_model.model.layers.{}"
-    attention = [e for x in "qkv" for e in _linear((*lay, x), f"{llm}.self_attn.{x}_proj", bias=config.decoder.qkv_bias)]
+    attention = [
+        e for x in "qkv" for e in _linear((*lay, x), f"{llm}.self_attn.{x}_proj", bias=config.decoder.qkv_bias)
+    ]
     return [
         Entry(("decoder", "embedding"), "language_model.model.embed_tokens.weight"),
         *attention,

@@ -1,0 +1,178 @@
+"""One run: train on one data set, evaluate on another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from mmrm_jax.config import TrainConfig, differences, to_json
+from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, buckets_for
+from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
+from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
+from mmrm_jax.eval.metrics import CellScores, cell_row
+from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
+from mmrm_jax.train.loop import train
+from mmrm_jax.train.program import Program, build_program, find_objective
+from mmrm_jax.train.progress import make_progress, task
+from mmrm_jax.train.setup import encode, initial_params, merged_views, open_checkpoint, open_spec, training_sources
+from mmrm_jax.train.state import TrainState
+
+
+def train_run(
+    config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
+) -> dict[str, Any]:
+    """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` where there is one.
+
+    Raises CheckpointError where `out` holds a run of another configuration.
+    """
+    resolved = to_json(config) | {"data": spec, "model": str(model) if model else None}
+    saved = out / "config.json"
+    check_config(out, resolved, differences(json.loads(saved.read_text()), resolved) if saved.exists() else [])
+    checkpoint = open_checkpoint(model or MODEL_DIR, config.data)
+    views = merged_views([find_objective(config.objective)], config)
+    source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
+    data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
+    quarantined += bad
+    validation = None
+    if held_out is not None:
+        validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
+        quarantined += bad
+    if quarantined:
+        console.print(summarise_quarantine(quarantined))
+        write_quarantine(out / "quarantine.jsonl", quarantined)
+    steps = config.steps if config.steps is not None else max(1, round(config.epochs * len(data) / config.batch_size))
+    buckets = buckets_for([data] if validation is None else [data, validation], config.data.buckets)
+    program = build_program(checkpoint.config, config, steps)
+    params, drawn = initial_params(checkpoint, config.seed)
+    if drawn:
+        console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
+    state = _resumed(program, program.init(params, config), out, console)
+    make = MakeBatch(
+        data,
+        buckets,
+        config.batch_size,
+        config.micro_batches,
+        quarantine=out / "unreadable.jsonl",
+        strict=config.strict,
+    )
+    plan = BatchPlan([s.response for s in data.shapes], config.batch_size, config.seed, steps)
+    stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        if validation is None:
+            return {}
+        e = evaluate(program, state, validation, buckets, batch_size=config.eval_batch_size)
+        row = cell_row(_scores(e, program, spec, "held out", config.seed, validation), np.random.default_rng(0))
+        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
+
+    with make_progress(console) as progress, task(progress, config.objective, steps, keep=True) as report:
+        result = train(program, state, stream, config, steps=steps, run_dir=out, report=report, evaluate=validate)
+    final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
+    for name in sorted(k for k in final if "accuracy" in k):
+        console.print(f"{name}: {100 * final[name]:.1f} %")
+    return {"out": str(out), "steps": steps, "seconds": result.seconds, "final": final}
+
+
+def _resumed(program: Program, state: TrainState, out: Path, console: Console) -> TrainState:
+    """The last checkpoint's state, or `state` where there is none."""
+    if not (out / "checkpoints").exists():
+        return state
+    checkpoints = Checkpoints(out / "checkpoints")
+    step = checkpoints.latest()
+    if step is not None:
+        state = checkpoints.restore(step, state)
+        console.print(f"going on from step {step}")
+    checkpoints.close()
+    return state
+
+
+def _scores(
+    e: Evaluation, program: Program, train_name: str, test_name: str, seed: int, data: EncodedSource
+) -> CellScores:
+    own = program.objective
+    return CellScores(
+        objective=own.name,
+        train=train_name,
+        test=test_name,
+        seed=seed,
+        margins=e.margins[own.scores],
+        shortcut_margins=e.margins.get("proxy"),
+        clusters=image_clusters(data, e),
+        tie=e.tie,
+        mean_reward=e.mean_reward[own.scores],
+        sfc=e.sfc,
+    )
+
+
+def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console) -> dict[str, Any]:
+    """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none."""
+    if not (run / "config.json").exists():
+        raise CheckpointError(f"{run} is not a run directory: it has no config.json")
+    saved = json.loads((run / "config.json").read_text())
+    model = Path(saved.pop("model") or MODEL_DIR)
+    trained_on = saved.pop("data")
+    config = _from_json(TrainConfig, saved)
+    checkpoint = open_checkpoint(model, config.data)
+    source, quarantined = open_spec(spec, Path(), image_root)
+    data, bad = encode(
+        source, checkpoint, merged_views([find_objective(config.objective)], config), config, name=spec, console=console
+    )
+    quarantined += bad
+    if config.strict:
+        raise_first(quarantined)
+    program = build_program(checkpoint.config, config, 1)
+    like = jax.eval_shape(lambda: program.init(initial_params(checkpoint, config.seed)[0], config))
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, program.shardings)
+    checkpoints = Checkpoints(run / "checkpoints")
+    step = checkpoints.latest()
+    if step is None:
+        raise CheckpointError(f"{run / 'checkpoints'} holds no complete checkpoint: finish the training run first")
+    state = checkpoints.restore(step, like)
+    checkpoints.close()
+    e = evaluate(program, state, data, buckets_for([data], config.data.buckets), batch_size=config.eval_batch_size)
+    if not len(e.margins[program.objective.scores]):
+        raise DataError(f"{spec} has no comparisons left to evaluate")
+    row = cell_row(_scores(e, program, trained_on, spec, config.seed, data), np.random.default_rng(0))
+    if e.sfc is not None:
+        counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
+        row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    _print(row, console)
+    if quarantined:
+        console.print(summarise_quarantine(quarantined))
+    return {"row": row, "quarantined": [dataclasses.asdict(q) for q in quarantined]}
+
+
+def _print(row: dict[str, Any], console: Console) -> None:
+    low, high = 100 * row["accuracy_low"], 100 * row["accuracy_high"]
+    console.print(f"accuracy {100 * row['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}), n = {row['n']}")
+    if row["sfd"] is not None:
+        right, wrong = 100 * row["accuracy_shortcut_right"], 100 * row["accuracy_shortcut_wrong"]
+        console.print(
+            f"SFD {100 * row['sfd']:.1f} points: {right:.1f} % where the text-only model is right "
+            f"(n = {row['n_shortcut_right']}), {wrong:.1f} % where it is wrong (n = {row['n_shortcut_wrong']})"
+        )
+    console.print(f"mean reward {row['mean_reward']:.3f}, mean margin {row['mean_margin']:.3f}")
+    if "sfc_histogram" in row:
+        console.print(f"mean SFC {row['sfc_mean']:.3f}; histogram in 20 bins: {row['sfc_histogram']['counts']}")
+
+
+def _from_json(cls: Any, values: dict[str, Any]) -> Any:
+    """A configuration from its `to_json` values."""
+    types = typing.get_type_hints(cls)
+    fields = {}
+    for name, value in values.items():
+        kind = types[name]
+        if dataclasses.is_dataclass(kind):
+            value = _from_json(kind, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        fields[name] = value
+    return cls(**fields)

@@ -1,0 +1,294 @@
+"""The training loop leaves the right things behind, and goes on where it stopped as if it never had."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from mmrm_jax.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.data.images import Preprocessing
+from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches, buckets_for, index_source
+from mmrm_jax.data.processor import Processor
+from mmrm_jax.data.sources import MemorySource
+from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
+from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
+from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
+from mmrm_jax.train.loop import TrainingError, train
+from mmrm_jax.train.program import Program, build_program
+from mmrm_jax.train.state import TrainState, abstract_model, create_state, init_params
+from mmrm_jax.types import Comparison, Group
+
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=16, patch_size=4, width=16, mlp_width=16, num_layers=1, num_heads=2),
+    decoder=DecoderConfig(
+        vocab_size=VOCABULARY_SIZE, width=16, mlp_width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_width=8
+    ),
+)
+CONFIG = TrainConfig(objective="shortcut_aware", batch_size=8, log_every=2, checkpoint_every=3)
+STEPS = 6
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_group(index: int) -> Group:
+    responses = ("a circle .", f"a red square and {index} circles .", "no")[: 2 + index % 2]
+    comparisons = tuple(Comparison(*pair) for pair in itertools.combinations(range(len(responses)), 2))
+    return Group(f"g{index}", f"what is {index} ?", responses, comparisons, picture(index), "e", "data.jsonl", index)
+
+
+@pytest.fixture(scope="module")
+def make() -> MakeBatch:
+    processor = Processor(
+        ChatTokenizer(train_tokenizer(), TEMPLATES["chatml-plain"], MODEL.visual_tokens_per_tile),
+        Preprocessing(image_size=16, max_tiles=1),
+        max_length=100,
+    )
+    source = MemorySource(tuple(make_group(i) for i in range(20)))
+    data, quarantined = index_source(source, processor, {"primary": "multimodal", "proxy": "absent"}, cache=True)
+    assert not quarantined
+    return MakeBatch(data, buckets_for([data], 1), CONFIG.batch_size)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return build_program(MODEL, CONFIG, STEPS)
+
+
+PARAMS = functools.cache(lambda: init_params(MODEL, 0))
+
+
+def fresh_state(program: Program) -> TrainState:
+    return program.init(PARAMS(), CONFIG)
+
+
+def stream(make: MakeBatch, start: int = 0):
+    plan = BatchPlan([s.response for s in make.data.shapes], CONFIG.batch_size, 0, STEPS)
+    return batches(plan, make, start=start)
+
+
+def abstract_state(program: Program, model: ModelConfig = MODEL, config: TrainConfig = CONFIG) -> TrainState:
+    """Shapes and shardings alone, as a new process has them before it restores."""
+    _, params = abstract_model(model)
+    views = program.objective.views(config.proxy_input)
+    state = jax.eval_shape(lambda p: create_state(p, views, config.freeze, program.optimizer), params)
+    leaves, treedef = jax.tree.flatten(state)
+    placed = zip(leaves, jax.tree.leaves(program.shardings), strict=True)
+    return treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
+
+
+def read_metrics(run_dir: Path, *, seconds: bool = True) -> list[dict]:
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return entries if seconds else [{k: v for k, v in e.items() if k != "seconds"} for e in entries]
+
+
+def arrays(state: TrainState) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def latest(run_dir: Path) -> int | None:
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def finished(program, make, tmp_path_factory):
+    """A whole run: its directory, its result and what it reported."""
+    run_dir, reported = tmp_path_factory.mktemp("finished") / "run", []
+    result = train(
+        program, fresh_state(program), stream(make), CONFIG, steps=STEPS, run_dir=run_dir,
+        report=lambda step, metrics: reported.append((step, metrics)),
+    )  # fmt: skip
+    return run_dir, result, reported
+
+
+def test_what_a_run_leaves_behind(finished, make):
+    run_dir, result, reported = finished
+    # An interval ends at every second step, and at a checkpoint.
+    assert [e["step"] for e in result.history] == [2, 3, 4, 6]
+    assert read_metrics(run_dir) == result.history
+    assert reported == [(e["step"], e) for e in result.history]
+    assert [e["groups"] for e in result.history] == [16, 24, 32, 48]
+    seconds = [e["seconds"] for e in result.history]
+    assert seconds == sorted(seconds) and seconds[-1] <= result.seconds
+    for e in result.history:
+        assert e["loss"] > 0 and 0 < e["sfc"] < 1 and e["grad_norm"] > 0
+        assert 0 <= e["primary/accuracy"] <= 1 and 0 <= e["proxy/accuracy"] <= 1
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert latest(run_dir) == STEPS
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["3", "6"]
+    assert int(result.state.step) == STEPS
+
+
+def test_histograms_count_every_comparison(finished, make):
+    _, result, _ = finished
+    plan = BatchPlan([s.response for s in make.data.shapes], CONFIG.batch_size, 0, STEPS)
+    per_step = [sum(make.data.shapes[p].comparisons for p in plan[step]) for step in range(STEPS)]
+    expected = [sum(per_step[:2]), per_step[2], per_step[3], sum(per_step[4:])]
+    assert [sum(e["sfc/histogram"]) for e in result.history] == expected
+
+
+def test_an_interval_is_the_mean_of_its_steps(finished, program, make):
+    _, result, _ = finished
+    each = train(program, fresh_state(program), stream(make), dataclasses.replace(CONFIG, log_every=1), steps=STEPS)
+    assert [e["step"] for e in each.history] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "sfc", "primary/margin", "grad_norm"):
+        one, many = [e[name] for e in result.history], [e[name] for e in each.history]
+        np.testing.assert_allclose(one, [np.mean(many[:2]), many[2], many[3], np.mean(many[4:])], rtol=1e-6)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(each.state), arrays(result.state), strict=True))
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stopping(batches, after: int):
+    yield from itertools.islice(batches, after)
+    raise Stopped
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, program, make, tmp_path):
+    whole_dir, whole, _ = finished
+    with pytest.raises(Stopped):
+        train(program, fresh_state(program), stopping(stream(make), 5), CONFIG, steps=STEPS, run_dir=tmp_path)
+    assert latest(tmp_path) == 3
+    assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3, 4]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed in the middle of a line
+
+    # A new process: nothing is left but the directory and the configuration.
+    program = build_program(MODEL, CONFIG, STEPS)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = checkpoints.restore(checkpoints.latest(), abstract_state(program))
+    checkpoints.close()
+    assert int(state.step) == 3
+    for restored, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):
+        assert restored.sharding == sharding
+    resumed = train(program, state, stream(make, start=3), CONFIG, steps=STEPS, run_dir=tmp_path)
+
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(whole.state)
+    for a, b in zip(arrays(resumed.state), arrays(whole.state), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    assert read_metrics(tmp_path, seconds=False) == read_metrics(whole_dir, seconds=False)
+    assert resumed.history == read_metrics(tmp_path)
+    assert latest(tmp_path) == STEPS
+
+
+def test_starting_again_replaces_what_an_earlier_run_left(finished, program, make, tmp_path):
+    for steps in (STEPS, 3):
+        train(program, fresh_state(program), stream(make), CONFIG, steps=steps, run_dir=tmp_path)
+    assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3]
+    assert latest(tmp_path) == 3
+
+
+def test_every_checkpoint_holds_its_own_step(program, make, tmp_path):
+    """Even if the one before is still being written, and the next step takes over the state's buffers meanwhile."""
+    state, expected = fresh_state(program), {}
+    checkpoints = Checkpoints(tmp_path, keep=10)
+    for step, batch in enumerate(itertools.islice(stream(make), 4)):
+        expected[step] = [np.array(x) for x in jax.tree.leaves(state)]
+        checkpoints.save(step, state)
+        state, _ = program.train_step(state, program.put(batch))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep=10)
+    for step, values in expected.items():
+        restored = checkpoints.restore(step, abstract_state(program))
+        assert all(np.array_equal(a, b) for a, b in zip(arrays(restored), values, strict=True)), step
+    checkpoints.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, program, make, tmp_path):
+    def poisoned():
+        for step, batch in enumerate(stream(make), start=1):
+            if step == 5:
+                comparisons = dataclasses.replace(batch.comparisons, margin=batch.comparisons.margin + np.inf)
+                batch = dataclasses.replace(batch, comparisons=comparisons)
+            yield batch
+
+    with pytest.raises(TrainingError, match=r"is (inf|nan) at step 5: lower the learning rate or check the data"):
+        train(program, fresh_state(program), poisoned(), CONFIG, steps=STEPS, run_dir=tmp_path)
+    assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3, 4]
+    assert latest(tmp_path) == 3
+
+
+def test_data_that_ends_too_early_is_an_error(finished, program, make):
+    with pytest.raises(TrainingError, match="the data ended before step 3"):
+        train(program, fresh_state(program), itertools.islice(stream(make), 2), CONFIG, steps=STEPS)
+
+
+def test_evaluation_runs_when_it_is_due(finished, program, make):
+    evaluated = []
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        evaluated.append(int(state.step))
+        return {"held_out/accuracy": 0.5}
+
+    config = dataclasses.replace(CONFIG, log_every=4, checkpoint_every=None, eval_every=3)
+    result = train(program, fresh_state(program), stream(make), config, steps=5, evaluate=evaluate)
+    assert evaluated == [3, 5]
+    assert [(e["step"], "held_out/accuracy" in e) for e in result.history] == [(3, True), (4, False), (5, True)]
+
+
+def test_restoring_onto_another_model_lists_the_differences(finished):
+    run_dir, _, _ = finished
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+
+    def problems(model: ModelConfig, config: TrainConfig) -> str:
+        other = build_program(model, config, STEPS)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(STEPS, abstract_state(other, model, config))
+        return str(error.value)
+
+    wide = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, mlp_width=24))
+    text = problems(wide, CONFIG)
+    assert f"{run_dir / 'checkpoints'}, step {STEPS}, does not fit" in text
+    assert "saved (16, 16), wanted (16, 24)" in text or "saved (1, 16, 16), wanted (1, 16, 24)" in text
+    assert "missing" not in text and "superfluous" not in text
+    text = problems(MODEL, dataclasses.replace(CONFIG, objective="standard"))
+    assert "superfluous: params/proxy/" in text and "missing" not in text
+    text = problems(MODEL, dataclasses.replace(CONFIG, freeze=("decoder",)))
+    assert "superfluous: params/primary/decoder" in text and "missing: params/primary/vision" in text
+    checkpoints.close()
+
+
+def test_restoring_checks_dtypes(finished, program):
+    run_dir, _, _ = finished
+    like = abstract_state(program)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), like.frozen)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match="dtype of frozen/.*: saved float32, wanted bfloat16"):
+        checkpoints.restore(STEPS, dataclasses.replace(like, frozen=frozen))
+    checkpoints.close()
+
+
+def test_names_in_a_checkpoint_are_parameter_paths(finished):
+    run_dir, result, _ = finished
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.restore(STEPS, dataclasses.replace(result.state, params={}, frozen=nnx.State({})))
+    checkpoints.close()
+    lines = str(error.value).splitlines()[1:]
+    count = len(jax.tree.leaves((result.state.params, result.state.frozen)))
+    assert len(lines) == len(set(lines)) == count
+
+
+def test_another_runs_directory_is_refused(tmp_path):
+    check_config(tmp_path / "run", {"seed": 0}, [])
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}
+    with pytest.raises(CheckpointError, match=r"holds a run with another configuration:\n  seed: 0 -> 1"):
+        check_config(tmp_path / "run", {"seed": 1}, ["seed: 0 -> 1"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}

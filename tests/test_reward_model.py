@@ -372,7 +372,7 @@ def test_visual_features_are_the_authors(name: str, shared: Path, tmp_path: Path
         for shuffle, layer in variants:
             one = dataclasses.replace(config, pixel_shuffle=shuffle, select_layer=layer)
             model = nnx.merge(abstract_model(one)[0], params)
-            features.append(model.visual_features(np.zeros((2, 1, 56, 56, 3), np.uint8), jnp.dtype("float32")))
+            features.append(model.visual_features(jnp.zeros((2, 1, 56, 56, 3), jnp.uint8), jnp.dtype("float32")))
         return features
 
     with pytest.MonkeyPatch.context() as patch:

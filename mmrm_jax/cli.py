@@ -275,5 +275,5 @@ def _command(name: str, argv: Sequence[str]) -> str:
 def _written(path: Path | None, result: dict[str, Any]) -> dict[str, Any]:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result

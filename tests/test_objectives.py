@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_models import MODEL, flat, make_batch, one_micro, random_group, random_params
 
 from mmrm_jax.objectives import (
@@ -25,7 +27,7 @@ from mmrm_jax.objectives import (
 from mmrm_jax.objectives.shortcut import EPSILON
 from mmrm_jax.train.state import abstract_model, split_params
 from mmrm_jax.train.step import branch_rewards
-from mmrm_jax.types import Batch, Comparison, Comparisons
+from mmrm_jax.types import Comparison, Comparisons
 
 LN2 = math.log(2)
 
@@ -161,21 +163,16 @@ def test_objectives_and_their_branches() -> None:
 # --- through the whole model ----------------------------------------------------------------------------------------
 
 
-def gradients(objective: Objective, params: dict, frozen, batch: Batch, weights=None):
-    """d(sum over valid comparisons of weights * loss) / d params by branch, and the unreduced terms."""
+def gradient_function(objective: Objective, frozen: nnx.State) -> Callable:
+    """(parameters by branch, batch, weights) -> d(sum of weights * loss) / d parameters, and the SFC."""
     graphdef, _ = abstract_model(MODEL)
 
-    @jax.jit
-    def run(params, batch, weights):
-        def loss(params):
-            rewards = branch_rewards(graphdef, params, frozen, batch, jnp.dtype("float32"))
-            terms = objective.terms({b: margins(r, batch.comparisons) for b, r in rewards.items()}, batch.comparisons)
-            return jnp.sum(terms.loss * weights), terms.sfc
+    def loss(params, batch, weights):
+        rewards = branch_rewards(graphdef, params, frozen, batch, jnp.dtype("float32"))
+        terms = objective.terms({b: margins(r, batch.comparisons) for b, r in rewards.items()}, batch.comparisons)
+        return jnp.sum(terms.loss * weights), terms.sfc
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    mask = np.asarray(batch.comparisons.mask, np.float32)
-    return run(params, jax.tree.map(jnp.asarray, batch), mask if weights is None else mask * weights)
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -184,20 +181,26 @@ def test_gradients_through_the_model_stay_in_their_branch() -> None:
     won = [(Comparison(0, 1), Comparison(2, 0, margin=0.5)), (Comparison(1, 2, tie=True),), (Comparison(2, 1),)]
     groups = [random_group(MODEL, rng, i, tiles=1 + i % 2, responses=3, comparisons=c) for i, c in enumerate(won)]
     batch = one_micro(make_batch(groups, MODEL, num_groups=4))
+    mask = batch.comparisons.mask.astype(np.float32)
     views = shortcut_aware.views("absent")
-    trainable, frozen = split_params(random_params(MODEL, 4), views, ("vision",))
-    trainable["proxy"] = split_params(random_params(MODEL, 5), views, ("vision",))[0]["proxy"]
+    params, frozen = split_params(random_params(MODEL, 4), views, ("vision",))
+    other, _ = split_params(random_params(MODEL, 5), views, ("vision",))
+    params["proxy"] = other["proxy"]
 
-    grads, sfc = gradients(shortcut_aware, trainable, frozen, batch)
-    assert sfc is not None
+    run = gradient_function(shortcut_aware, frozen)
+    grads, sfc = run(params, batch, mask)
     assert not any(name.startswith(("vision", "projector")) for name in flat(grads["proxy"]))
-    proxy_alone, _ = gradients(text_only, {"proxy": trainable["proxy"]}, frozen, batch)
-    primary_alone, _ = gradients(standard, {"primary": trainable["primary"]}, frozen, batch, np.asarray(sfc))
+    # Another primary, the same proxy: not a bit of the proxy's gradient changes.
+    moved, _ = run({"primary": other["primary"], "proxy": params["proxy"]}, batch, mask)
+    jax.tree.map(np.testing.assert_array_equal, moved["proxy"], grads["proxy"])
+
+    proxy_alone, _ = gradient_function(text_only, frozen)({"proxy": params["proxy"]}, batch, mask)
+    primary_alone, _ = gradient_function(standard, frozen)({"primary": params["primary"]}, batch, mask * sfc)
     for branch, alone in (("proxy", proxy_alone), ("primary", primary_alone)):
         want = flat(alone[branch])
         for name, got in flat(grads[branch]).items():
             assert np.any(got), name
-            # The same sums, whose order the compiler may choose anew.
+            # The same sums, in an order that the compiler may choose anew.
             np.testing.assert_allclose(got, want[name], rtol=0, atol=1e-6 * np.abs(want[name]).max(), err_msg=name)
 
 

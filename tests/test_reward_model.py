@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny_models import DECODER, VISION, flat, make_batch, one_micro, random_group, random_params, relative_errors, scribble
+from tiny_models import (
+    DECODER,
+    VISION,
+    flat,
+    make_batch,
+    one_micro,
+    random_group,
+    random_params,
+    relative_errors,
+    scribble,
+)
 
 from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from mmrm_jax.data.batching import EncodedGroup

@@ -14,6 +14,17 @@ from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupShape:
+    """What a group needs of a batch; the sizes that padding has to cover."""
+
+    prefixes: dict[str, int]
+    response: int
+    responses: int
+    tiles: int
+    comparisons: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodedGroup:
     """A group as arrays: token ids, uint8 tiles [T, S, S, 3] (None where no branch looks at the image)."""
 
@@ -23,16 +34,16 @@ class EncodedGroup:
     tiles: np.ndarray | None
     comparisons: tuple[Comparison, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class GroupShape:
-    """What a group needs of a batch; the sizes that padding has to cover."""
-
-    prefixes: dict[str, int]
-    response: int
-    responses: int
-    tiles: int
-    comparisons: int
+    @property
+    def shape(self) -> GroupShape:
+        """The sizes that padding has to cover."""
+        return GroupShape(
+            prefixes={b: len(c.tokens) for b, c in self.prefixes.items()},
+            response=max(len(r) for r in self.responses),
+            responses=len(self.responses),
+            tiles=0 if self.tiles is None else len(self.tiles),
+            comparisons=len(self.comparisons),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class EncodedSource:
     views: dict[str, BranchInput]
     kept: tuple[int, ...]
     shapes: tuple[GroupShape, ...]
-    cache: dict[int, EncodedGroup] | None
+    cache: dict[int, EncodedGroup]
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -51,16 +51,13 @@ class EncodedSource:
 
     def encode(self, index: int) -> EncodedGroup | Quarantined:
         """The group at `index` as arrays, or why it cannot be used."""
-        if self.cache is not None and index in self.cache:
+        if index in self.cache:
             return self.cache[index]
         group = self.group(index)
         try:
-            encoded = self.processor.encode(group, index, self.views)
+            return self.processor.encode(group, index, self.views)
         except (ImageError, TextError) as error:
             return Quarantined(group.file, group.row, str(error), group.id)
-        if self.cache is not None:
-            self.cache[index] = encoded
-        return encoded
 
 
 def index_source(
@@ -71,24 +68,31 @@ def index_source(
     cache: bool,
     progress: Callable[[range], Iterable[int]] = lambda x: x,
 ) -> tuple[EncodedSource, list[Quarantined]]:
-    """Measure every group of a source: text and image headers are read, pixels are not decoded.
+    """Measure every group of a source, and with `cache` encode it for good.
 
-    Groups over the token budget or with an unreadable image are returned as quarantined, with the reason.
-    Raises DataError where no group is left.
+    Without `cache` only text and image headers are read, and a picture that does not decode is met later, by
+    `EncodedSource.encode`. Groups over the token budget or with an unreadable image are returned as quarantined,
+    with the reason. Raises DataError where no group is left.
     """
-    kept, shapes, quarantined = [], [], []
+    kept: list[int] = []
+    shapes: list[GroupShape] = []
+    encoded: dict[int, EncodedGroup] = {}
+    quarantined = []
     for i in progress(range(len(source))):
         group = source[i]
         try:
-            shapes.append(processor.measure(group, views))
+            if cache:
+                encoded[len(kept)] = processor.encode(group, len(kept), views)
+                shapes.append(encoded[len(kept)].shape)
+            else:
+                shapes.append(processor.measure(group, views))
             kept.append(i)
         except (ImageError, TextError) as error:
             quarantined.append(Quarantined(group.file, group.row, str(error), group.id))
     if not kept:
         first = f"; first reason: {quarantined[0].reason}" if quarantined else ""
         raise DataError(f"no usable group among {len(source)}{first}")
-    encoded = EncodedSource(source, processor, views, tuple(kept), tuple(shapes), {} if cache else None)
-    return encoded, quarantined
+    return EncodedSource(source, processor, views, tuple(kept), tuple(shapes), encoded), quarantined
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,10 +32,16 @@ class Evaluation:
 
 
 def evaluate(
-    program: Program, state: TrainState, data: EncodedSource, buckets: Buckets, *, batch_size: int
+    program: Program,
+    state: TrainState,
+    data: EncodedSource,
+    buckets: Buckets,
+    *,
+    batch_size: int,
+    quarantine: Path | None = None,
 ) -> Evaluation:
-    """Run the evaluation step over a whole data set, in order."""
-    make = MakeBatch(data, buckets, batch_size)
+    """Run the evaluation step over a whole data set, in order. Groups that cannot be read go to `quarantine`."""
+    make = MakeBatch(data, buckets, batch_size, quarantine=quarantine)
     columns: dict[str, list[np.ndarray]] = {}
     rewards: dict[str, list[np.ndarray]] = {}
     for stacked in batches(SequentialPlan(len(data), batch_size), make):

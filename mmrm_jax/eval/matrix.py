@@ -19,7 +19,7 @@ from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config
-from mmrm_jax.train.loop import train
+from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
@@ -179,20 +179,23 @@ def run_cell(
     source = data.train[cell.train]
     plan = BatchPlan([s.response for s in source.shapes], config.batch_size, config.seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
+    quarantine = folder / "quarantine.jsonl"
     make = MakeBatch(
         source,
         data.buckets,
         config.batch_size,
         config.micro_batches,
-        quarantine=folder / "quarantine.jsonl",
+        quarantine=quarantine,
         strict=config.strict,
     )
     params, _ = initial_params(checkpoint, config.seed)
-    state = program.init(params, config)
-    stream = batches(plan, make, workers=config.data.workers)
+    state = resume(program, program.init(params, config), folder)
+    stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
     result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
     evaluations = {
-        name: evaluate(program, result.state, test, data.buckets, batch_size=config.eval_batch_size)
+        name: evaluate(
+            program, result.state, test, data.buckets, batch_size=config.eval_batch_size, quarantine=quarantine
+        )
         for name, test in data.test.items()
     }
     return CellResult(cell, evaluations, result.history, result.seconds)

@@ -19,7 +19,7 @@ from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
-from mmrm_jax.train.loop import train
+from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import encode, initial_params, merged_views, open_checkpoint, open_spec, training_sources
@@ -54,7 +54,9 @@ def train_run(
     params, drawn = initial_params(checkpoint, config.seed)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
-    state = _resumed(program, program.init(params, config), out, console)
+    state = resume(program, program.init(params, config), out)
+    if int(state.step):
+        console.print(f"going on from step {int(state.step)}")
     make = MakeBatch(
         data,
         buckets,
@@ -79,19 +81,6 @@ def train_run(
     for name in sorted(k for k in final if "accuracy" in k):
         console.print(f"{name}: {100 * final[name]:.1f} %")
     return {"out": str(out), "steps": steps, "seconds": result.seconds, "final": final}
-
-
-def _resumed(program: Program, state: TrainState, out: Path, console: Console) -> TrainState:
-    """The last checkpoint's state, or `state` where there is none."""
-    if not (out / "checkpoints").exists():
-        return state
-    checkpoints = Checkpoints(out / "checkpoints")
-    step = checkpoints.latest()
-    if step is not None:
-        state = checkpoints.restore(step, state)
-        console.print(f"going on from step {step}")
-    checkpoints.close()
-    return state
 
 
 def _scores(
@@ -137,7 +126,8 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         raise CheckpointError(f"{run / 'checkpoints'} holds no complete checkpoint: finish the training run first")
     state = checkpoints.restore(step, like)
     checkpoints.close()
-    e = evaluate(program, state, data, buckets_for([data], config.data.buckets), batch_size=config.eval_batch_size)
+    buckets = buckets_for([data], config.data.buckets)
+    e = evaluate(program, state, data, buckets, batch_size=config.eval_batch_size, quarantine=run / "unreadable.jsonl")
     if not len(e.margins[program.objective.scores]):
         raise DataError(f"{spec} has no comparisons left to evaluate")
     row = cell_row(_scores(e, program, trained_on, spec, config.seed, data), np.random.default_rng(0))

@@ -38,6 +38,17 @@ class TrainResult:
     seconds: float
 
 
+def resume(program: Program, initial: TrainState, run_dir: Path) -> TrainState:
+    """The newest checkpoint in `run_dir`, or `initial` where there is none."""
+    if not (run_dir / "checkpoints").exists():
+        return initial
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    step = checkpoints.latest()
+    state = initial if step is None else checkpoints.restore(step, initial)
+    checkpoints.close()
+    return state
+
+
 def train(
     program: Program,
     state: TrainState,

@@ -312,7 +312,9 @@ def test_rewards_losses_and_gradients_are_the_authors(name: str, shared: Path, t
             alone = {"primary": d["primary"]}
             plain = standard.terms(alone, comparisons).loss
             with_margin = standard.terms(alone, dataclasses.replace(comparisons, margin=margin)).loss
-            means = [jnp.sum(x * comparisons.mask) / jnp.sum(comparisons.mask) for x in (robust.loss, plain, with_margin)]
+            means = [
+                jnp.sum(x * comparisons.mask) / jnp.sum(comparisons.mask) for x in (robust.loss, plain, with_margin)
+            ]
             return tuple(means), (rewards, d, robust)
 
         means, vjp, (rewards, d, robust) = jax.vjp(losses, params, has_aux=True)

@@ -70,7 +70,9 @@ def random_group(
 ) -> EncodedGroup:
     """A group with ragged lengths; its second response, if any, begins the first, and the fourth equals the third."""
     side, per_tile = config.vision.image_size, config.visual_tokens_per_tile
-    texts = [rng.integers(config.decoder.vocab_size, size=rng.integers(2, 8)).astype(np.int32) for _ in range(responses)]
+    texts = [
+        rng.integers(config.decoder.vocab_size, size=rng.integers(2, 8)).astype(np.int32) for _ in range(responses)
+    ]
     if responses > 1:
         texts[1] = texts[0][: int(rng.integers(1, len(texts[0])))]
     if responses > 3:

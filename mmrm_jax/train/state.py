@@ -92,6 +92,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         found = next((by_path[s] for s in suffixes if s in by_path), None)
         return replicated(mesh) if found is None else found
 
-    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
+    # A variable counts as a leaf, as it does in `param_shardings`: its value inside has a longer path.
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state, is_leaf=is_variable)
     frozen = param_shardings(state.frozen, mesh)
     return TrainState(params, frozen, opt_state, replicated(mesh))  # type: ignore[arg-type]

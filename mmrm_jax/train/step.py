@@ -72,11 +72,11 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda x: x[0], batch)
-        total = micro(state, first)
-        if batch.group_index.shape[0] > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            add = lambda total, b: (jax.tree.map(jnp.add, total, micro(state, b)), None)  # noqa: E731
-            total, _ = jax.lax.scan(add, total, rest)
+        if batch.group_index.shape[0] == 1:
+            total = micro(state, first)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, state, first))
+            total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, micro(state, b)), None), zeros, batch)
         grads, sums = total
         count = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)

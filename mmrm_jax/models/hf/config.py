@@ -23,6 +23,8 @@ def read_config(path: Path) -> ModelConfig:
         return config_from_hf(json.loads(file.read_text()))
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"{file} is not an InternVL configuration: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -35,12 +35,12 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 class EncodedSource:
     """Groups that fit, as arrays. `kept` are their positions in `source`; `shapes` what they need of a batch."""
 
-    source: GroupSource
+    source: GroupSource = dataclasses.field(repr=False)  # Grain writes out the repr of what it maps
     processor: Processor
     views: dict[str, BranchInput]
-    kept: tuple[int, ...]
-    shapes: tuple[GroupShape, ...]
-    cache: dict[int, EncodedGroup]
+    kept: tuple[int, ...] = dataclasses.field(repr=False)
+    shapes: tuple[GroupShape, ...] = dataclasses.field(repr=False)
+    cache: dict[int, EncodedGroup] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -15,9 +15,9 @@ CONFIG = MatrixConfig(
     title="Shapes world: what shortcut-aware training changes",
     train=TrainConfig(
         batch_size=64,
-        steps=900,
+        steps=500,
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        data=DataConfig(holdout=0.0, buckets=1),
+        data=DataConfig(holdout=0.0),
     ),
 )
 

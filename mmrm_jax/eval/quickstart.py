@@ -16,7 +16,7 @@ CONFIG = MatrixConfig(
     train=TrainConfig(
         batch_size=64,
         steps=500,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
         data=DataConfig(holdout=0.0),
     ),
 )

@@ -19,11 +19,11 @@ config = MatrixConfig(
         Environment("produce", "train_produce.jsonl", "test_ood.jsonl"),
         Environment("neutral", "train_neutral.jsonl", "test_neutral.jsonl"),
     ),
+    jobs=2,
     train=TrainConfig(
-        batch_size=32,
-        steps=1500,
-        freeze=(),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        data=DataConfig(holdout=0.1, buckets=4, max_tiles=9),
+        batch_size=16,
+        steps=700,
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        data=DataConfig(holdout=0.1, buckets=3, max_tiles=4),
     ),
 )

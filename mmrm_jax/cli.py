@@ -25,6 +25,8 @@ class QuickstartArgs:
     """Train text-only, standard and shortcut-aware reward models on the shapes world, and compare them.
 
     Needs no download and no accelerator: the data set is rendered here, the tiny pretrained model is in the package.
+    The text-only model is the proxy of shortcut-aware training: it shares one global-norm clip with the primary, as in
+    the paper's recipe, so its training is text-only up to clipping.
 
     Attributes:
         config: Settings; the defaults are those of the numbers in the README.
@@ -45,7 +47,8 @@ class MatrixArgs:
 
     Begin with a configuration file, `mmrm matrix configs/grocery.py`, or name the environments here. The table shows
     what each objective does on its own distribution (i.i.d.) and on the others (o.o.d.). An interrupted matrix goes on
-    where it stopped when the command is given again.
+    where it stopped when the command is given again. Beside shortcut_aware, the text_only model is its proxy: it shares
+    one global-norm clip with the primary, as in the paper's recipe, so its training is text-only up to clipping.
 
     Attributes:
         config: Settings.
@@ -62,12 +65,15 @@ class MatrixArgs:
 class TrainArgs:
     """Train one reward model on one preference file or prepared data set.
 
+    The first argument may be a Python file that defines `config`, a TrainConfig; options override its fields.
+
     Attributes:
         spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
             goes on from its last checkpoint when the command is given again.
         config: Settings.
-        model: Checkpoint folder in the InternVL chat layout; None takes the tiny model in the package.
+        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout
+            with a Qwen2 or Llama decoder, one model.safetensors, tokenizer.json and the template chatml-plain.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
     """
@@ -82,7 +88,9 @@ class TrainArgs:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
-    """Evaluate a trained run on a preference file: accuracy, SFD, rewards, margins and the SFC distribution.
+    """Evaluate a trained run on a preference file: accuracy, rewards, margins; for shortcut_aware also SFD and SFC.
+
+    What could not be used is written to quarantine-NAME.jsonl in the run directory.
 
     Attributes:
         run: Run directory of `mmrm train`.
@@ -121,13 +129,18 @@ class PrepareArgs:
 def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See QuickstartArgs."""
     from mmrm_jax.eval import quickstart as shapes
-    from mmrm_jax.eval.matrix import run_matrix
+    from mmrm_jax.eval.matrix import check_matrix, run_matrix
     from mmrm_jax.eval.publish import publish
 
-    args = _parse(QuickstartArgs, argv, QuickstartArgs(shapes.CONFIG))
+    args = _parse("quickstart", QuickstartArgs, argv, QuickstartArgs(shapes.CONFIG))
     config = args.config
     if args.steps is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+    if config.root != shapes.CONFIG.root or config.image_root is not None or config.environments:
+        raise ValueError(
+            "mmrm quickstart renders its own data: --root, --image-root and environments are mmrm matrix's"
+        )
+    check_matrix(config)
     console.print("rendering the shapes world ...")
     config = shapes.with_shapes_world(config, args.data or config.out / "data")
     return _written(args.json, publish(run_matrix(config, console), console, _command("quickstart", argv)))
@@ -139,7 +152,7 @@ def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.publish import publish
 
     default, rest = _config_file(argv, MatrixConfig)
-    args = _parse(MatrixArgs, rest, MatrixArgs(default or MatrixConfig()))
+    args = _parse("matrix", MatrixArgs, rest, MatrixArgs(default or MatrixConfig()))
     config = args.config
     if args.env:
         config = dataclasses.replace(config, environments=tuple(map(_environment, args.env)))
@@ -153,7 +166,7 @@ def train(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.single import train_run
 
     default, rest = _config_file(argv, TrainConfig)
-    args = _parse(TrainArgs, rest, TrainArgs("", Path(), default or TrainConfig()), required=("spec", "out"))
+    args = _parse("train", TrainArgs, rest, TrainArgs("", Path(), default or TrainConfig()), ("spec", "out"))
     return _written(args.json, train_run(args.config, args.spec, args.out, args.model, args.image_root, console))
 
 
@@ -161,7 +174,7 @@ def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See EvaluateArgs."""
     from mmrm_jax.eval.single import evaluate_run
 
-    args = _parse(EvaluateArgs, argv)
+    args = _parse("evaluate", EvaluateArgs, argv)
     return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console))
 
 
@@ -170,7 +183,7 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.data.records import summarise_quarantine
     from mmrm_jax.data.tfds.preference_files import prepare as write
 
-    args = _parse(PrepareArgs, argv)
+    args = _parse("prepare", PrepareArgs, argv)
     result = write(args.files, args.out, image_root=args.image_root, strict=args.strict)
     for r in result.reports:
         console.print(f"{r.split}: {r.groups} groups, {r.comparisons} comparisons, {r.quarantined} quarantined")
@@ -197,7 +210,7 @@ def main() -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
         print("\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
-        print("\nmmrm COMMAND --help explains its options.")
+        print("\nmmrm COMMAND --help explains its options. MMRM_TRACEBACK=1 shows where an error came from.")
         return
     if argv[0] not in COMMANDS:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
@@ -209,7 +222,8 @@ def main() -> None:
             raise
         _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        _fail("interrupted; give the same command again to go on")
+        goes_on = argv[0] in ("train", "matrix", "quickstart")
+        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""))
 
 
 def _fail(message: str) -> None:
@@ -224,11 +238,14 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"
 
 
-def _parse(cls: type[C], argv: Sequence[str], default: C | None = None, required: tuple[str, ...] = ()) -> C:
+def _parse(
+    command: str, cls: type[C], argv: Sequence[str], default: C | None = None, required: tuple[str, ...] = ()
+) -> C:
+    prog = f"mmrm {command}"
     if default is None:
-        return tyro.cli(cls, args=list(argv))
+        return tyro.cli(cls, prog=prog, args=list(argv))
     missing = {name: tyro.MISSING for name in required}
-    return tyro.cli(cls, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
+    return tyro.cli(cls, prog=prog, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
 
 
 def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[str]]:
@@ -252,9 +269,11 @@ def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[
 
 
 def _nearest_field(message: str) -> str:
-    """A hint for "unexpected keyword argument 'x'": the nearest field of any configuration class."""
+    """A hint for "unexpected keyword argument 'x'": the nearest field of any configuration class, else nothing."""
     from mmrm_jax import config
 
+    if "unexpected keyword argument" not in message:
+        return ""
     word = message.rpartition("argument ")[2].strip("'")
     classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
     return _nearest(word, sorted({f.name for c in classes for f in dataclasses.fields(c)}))

@@ -153,8 +153,15 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     log_every: int = 20
     eval_every: int | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = 500
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("batch_size", "micro_batches", "eval_batch_size", "steps", "log_every", "eval_every")
+        for name in (*names, "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +171,8 @@ class Environment:
     Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
 
     Attributes:
-        name: Its name in tables, where a set is a split of a prepared data set; a file goes by its own name.
+        name: Its name in tables, where a set is a split of a prepared data set; a file goes by its own name, with
+            the environment's before it where two files share one.
         train: Training set; None makes a test set that no model is trained for (a neutral control, say).
         test: Test set.
         validation: Validation set; None holds out a part of `train`.
@@ -185,15 +193,19 @@ class MatrixConfig:
     """Objective x environment x seed: the cross-distribution matrix.
 
     Attributes:
-        model: Checkpoint folder in the InternVL chat layout; None takes the tiny model in the package.
+        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout
+            with a Qwen2 or Llama decoder, one model.safetensors, tokenizer.json and the template chatml-plain.
         root: Folder that the environments' paths are relative to.
         image_root: Folder that image paths are relative to; None takes the folder of the file that names them.
         environments: Preference distributions to train and test on.
-        objectives: Objectives to compare. text_only costs no run beside shortcut_aware: it is its proxy.
-        seeds: Runs per cell.
+        objectives: Objectives to compare. text_only costs no run beside shortcut_aware: it is its proxy, which shares
+            one global-norm clip with the primary: text-only training up to clipping.
+        seeds: Runs per cell. More of them can be added to a finished matrix later.
+        jobs: Processes that share the runs; 2 use two cores better than 1 where models are tiny.
         on: test uses the test sets; validation what was held out of the training sets, for making choices.
         out: Run directory. A matrix that was interrupted goes on where it stopped.
-        train: Settings of every run; objective and seed are set by the matrix.
+        train: Settings of every run, without objective and eval_every: `objectives` says what is compared, and each
+            run is evaluated at its end. Seeds are counted from this one's.
         title: Heading of the report.
     """
 
@@ -203,10 +215,24 @@ class MatrixConfig:
     environments: tuple[Environment, ...] = ()
     objectives: tuple[str, ...] = ("text_only", "standard", "shortcut_aware")
     seeds: int = 1
+    jobs: int = 1
     on: Literal["test", "validation"] = "test"
     out: Path = Path("runs/matrix")
     train: TrainConfig = TrainConfig()
     title: str = "Cross-distribution matrix"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MatrixConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.objectives:
+            raise ValueError("MatrixConfig.objectives is empty; name at least one")
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"MatrixConfig.objectives names one twice: {', '.join(self.objectives)}")
+        if self.train.objective != TrainConfig.objective:
+            raise ValueError("MatrixConfig.train.objective is not read; MatrixConfig.objectives says what is compared")
+        if self.train.eval_every is not None:
+            raise ValueError("MatrixConfig.train.eval_every is not read; each run is evaluated at its end")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -28,8 +28,6 @@ RULES: Mapping[str, MeshAxes] = {
     "vision": None,
     "vision_heads": "tensor",
     "norm": None,
-    "head_width": None,
-    "one": None,
 }
 
 

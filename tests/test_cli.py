@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import pytest
 from PIL import Image
 
 from mmrm_jax import cli
+from mmrm_jax.config import Environment, MatrixConfig, to_json
+from mmrm_jax.eval.matrix import FREE
+from mmrm_jax.eval.matrix_data import fingerprints, open_data, set_names
+from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.checkpoint import check_config, write_config
 
 FAST = ["--train.batch-size", "8", "--train.log-every", "1", "--train.eval-batch-size", "8"]
 
@@ -127,6 +133,10 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
         assert sum(row["sfc_histogram"]["counts"]) == 24
         rows.append({k: v for k, v in row.items() if k != "test"})
     assert rows[0] == rows[1]
+    assert {f.name for f in out.glob("quarantine-*.jsonl")} == {
+        "quarantine-train.jsonl",
+        "quarantine-prepared-train.jsonl",
+    }
 
 
 def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
@@ -159,3 +169,67 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert json.loads(result.read_text())["rows"] == rows
     status, text = run(capsys, *arguments, "--train.optimizer.learning-rate", "0.5")
     assert status == 2 and "learning_rate" in text
+
+
+def test_sets_that_share_a_name_are_told_apart():
+    one, two = Environment("one", "a/train.jsonl", "t.jsonl"), Environment("two", "b/train.jsonl", "t.jsonl")
+    names = set_names([(e, str(e.train)) for e in (one, two)])
+    assert names == {"a/train.jsonl": "one-train", "b/train.jsonl": "two-train"}
+    assert set_names([(e, e.test) for e in (one, two)]) == {"t.jsonl": "t"}
+    same = [Environment("x", "d1:train", ""), Environment("x", "d2:train", "")]
+    with pytest.raises(ValueError, match="2 data sets would be called 'x-x': d2:train, d1:train"):
+        set_names([(e, str(e.train)) for e in same])
+
+
+def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
+    status, text = run(capsys, "quickstart", "--root", "x", "--out", tmp_path / "o")
+    assert status == 2 and "renders its own data" in text
+    status, text = run(capsys, "matrix", "--train.objective", "standard")
+    assert status == 2 and "MatrixConfig.objectives says" in text
+    status, text = run(capsys, "matrix", "--jobs", 0)
+    assert status == 2 and "MatrixConfig.jobs is 0" in text
+    status, text = run(capsys, "quickstart", "--objectives", "standrd", "--out", tmp_path / "o")
+    assert status == 2 and "'standrd' is not known; known: standard" in text and not (tmp_path / "o").exists()
+
+
+def test_changed_data_are_refused(capsys, tmp_path):
+    file, out = write_pairs(tmp_path, "a", 4), tmp_path / "m"
+    arguments = ["matrix", "--env", f"A={file},{file}", "--out", out, "--model", tmp_path / "model"]
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    config = MatrixConfig(model=tmp_path / "model", environments=(Environment("A", str(file), str(file)),), out=out)
+    found = to_json(config) | {"fingerprints": fingerprints(open_data(config), tmp_path / "model")}
+    write_config(out, found)
+    check_config(out, found | {"title": "new", "seeds": 3}, ignore=FREE)
+    write_pairs(tmp_path, "a", 4, seed=1)
+    with (tmp_path / "model" / "model.safetensors").open("ab") as f:
+        f.write(b" ")
+    status, text = run(capsys, *arguments, "--title", "another", "--seeds", 2)
+    differing = {line.split(":")[0].strip() for line in text.splitlines() if " -> " in line}
+    assert status == 2 and differing == {f"fingerprints.{k}" for k in ("model", "test.a", "train.a")}, text
+
+
+def test_an_interrupt_says_how_to_go_on_where_that_helps(capsys, monkeypatch):
+    def interrupted(argv, console):
+        raise KeyboardInterrupt
+
+    for command in cli.COMMANDS:
+        monkeypatch.setitem(cli.COMMANDS, command, (interrupted, ""))
+        status, text = run(capsys, command)
+        assert status == 2 and ("give the same command again" in text) == (command not in ("prepare", "evaluate"))
+
+
+def test_a_setting_out_of_range_is_named(capsys, tmp_path):
+    status, text = run(capsys, "train", "--data", "d.jsonl", "--out", tmp_path / "o", "--log-every", 0)
+    assert status == 2 and "TrainConfig.log_every is 0" in text
+
+
+def test_a_command_that_never_began_does_not_hold_its_directory(capsys, tmp_path):
+    file, out = write_pairs(tmp_path, "a", 2), tmp_path / "m"
+    status, text = run(capsys, "matrix", "--env", f"A={file},{tmp_path / 'typo.jsonl'}", "--out", out)
+    assert status == 2 and "typo.jsonl" in text and not out.exists()
+
+
+def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model": null}')
+    status, text = run(capsys, "evaluate", "--run", tmp_path, "--data", "d.jsonl")
+    assert status == 2 and "no run of `mmrm train`" in text

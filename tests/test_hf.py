@@ -189,6 +189,7 @@ def test_config_errors_name_file_and_field(tmp_path: Path) -> None:
 
     assert "GPT2" in broken(lambda c: c["llm_config"].update(architectures=["GPT2LMHeadModel"]))
     assert "rope_scaling" in broken(lambda c: c["llm_config"].update(rope_scaling={"type": "dynamic", "factor": 2.0}))
+    assert "force_image_size is 99" in broken(lambda c: c.update(force_image_size=99))
     assert "'patch_size' is missing" in broken(lambda c: c["vision_config"].pop("patch_size"))
     assert "'llm_config' is missing" in broken(lambda c: c.pop("llm_config"))
     file.write_text("{")

@@ -20,7 +20,7 @@ from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
-from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
+from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
 from mmrm_jax.train.loop import TrainingError, train
 from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, init_params
@@ -287,8 +287,11 @@ def test_names_in_a_checkpoint_are_parameter_paths(finished):
 
 
 def test_another_runs_directory_is_refused(tmp_path):
-    check_config(tmp_path / "run", {"seed": 0}, [])
+    check_config(tmp_path / "run", {"seed": 0})
+    write_config(tmp_path / "run", {"seed": 0})
+    check_config(tmp_path / "run", {"seed": 0})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}
+    check_config(tmp_path / "run", {"seed": 0, "title": "new"}, ignore=("title",))
     with pytest.raises(CheckpointError, match=r"holds a run with another configuration:\n  seed: 0 -> 1"):
-        check_config(tmp_path / "run", {"seed": 1}, ["seed: 0 -> 1"])
+        check_config(tmp_path / "run", {"seed": 1})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mmrm_jax.eval.metrics import CellScores, Sfd, accuracy, cell_row, correctness, interval, sfd
+from mmrm_jax.eval.metrics import CellScores, cell_row, correctness, interval, named_rng
 from mmrm_jax.eval.summary import cell_kind, format_matrix, mean_over_seeds, summarise
 
 IID = {"a": "ta", "b": "tb"}
@@ -67,11 +67,9 @@ def pick(rows, measure, objective, versus=None):
 
 def test_correctness_and_accuracy_by_hand():
     np.testing.assert_array_equal(correctness(np.array([2.0, -1e-9, 0.0, -0.0, 1e-30])), [1, 0, 0.5, 0.5, 1])
-    assert accuracy(np.array([1.0, -1.0, 0.0, 3.0])) == 0.625
+    assert row(cell([1.0, -1.0, 0.0, 3.0]))["accuracy"] == 0.625
     # The label ties (first and third) drop out: one right, one wrong.
-    assert accuracy(np.array([1.0, -1.0, 0.0, 3.0]), np.array([True, False, True, False])) == 0.5
-    assert accuracy(np.array([1.0]), np.array([True])) is None
-    assert accuracy(np.array([])) is None
+    assert row(cell([1.0, -1.0, 0.0, 3.0], tie=[True, False, True, False]))["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -81,32 +79,36 @@ def test_margins_that_are_not_finite_are_named(bad):
     with pytest.raises(ValueError, match="standard trained on a, seed 0, tested on ta: margin 1"):
         row(cell([0.0, bad]))
     with pytest.raises(ValueError, match="margin 0"):
-        summarise([cell([1.0], [bad])], IID, rng=np.random.default_rng(0), resamples=5)
+        summarise([cell([1.0], [bad])], IID, seed=0, resamples=5)
+
+
+def sfd(margins, shortcut, tie=None):
+    """(SFD, Acc(S+), Acc(S-), size of S+, size of S-)"""
+    fields = ("sfd", "accuracy_shortcut_right", "accuracy_shortcut_wrong", "n_shortcut_right", "n_shortcut_wrong")
+    result = row(cell(margins, shortcut, tie=tie))
+    return tuple(result[field] for field in fields)
 
 
 def test_sfd_by_hand():
-    #                 S+   S+   S+  neither S-   S-   label tie
-    shortcut = np.array([1.0, 2.0, 0.1, 0.0, -1.0, -2.0, 1.0])
-    margins = np.array([1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -1.0])
-    tie = np.array([False] * 6 + [True])
+    #          S+   S+   S+  neither S-   S-   label tie
+    shortcut = [1.0, 2.0, 0.1, 0.0, -1.0, -2.0, 1.0]
+    margins = [1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -1.0]
+    tie = [False] * 6 + [True]
     # Acc(S+) = 2/3, Acc(S-) = (1/2 + 0)/2 = 1/4.
-    result = sfd(margins, shortcut, tie)
-    assert result == Sfd(2 / 3 - 1 / 4, 2 / 3, 1 / 4, n_right=3, n_wrong=2)
-    assert sfd(margins, shortcut).accuracy_right == 0.5  # the tie counted would be a fourth member of S+, wrong
+    assert sfd(margins, shortcut, tie) == (2 / 3 - 1 / 4, 2 / 3, 1 / 4, 3, 2)
+    assert sfd(margins, shortcut)[1] == 0.5  # the tie counted would be a fourth member of S+, wrong
 
 
 def test_sfd_is_undefined_where_a_side_is_empty():
-    assert sfd(np.array([1.0, -1.0]), np.array([1.0, 2.0])) == Sfd(None, 0.5, None, 2, 0)
-    assert sfd(np.array([1.0, -1.0]), np.array([-1.0, -2.0])) == Sfd(None, None, 0.5, 0, 2)
-    assert sfd(np.array([1.0]), np.array([0.0])) == Sfd(None, None, None, 0, 0)
+    assert sfd([1.0, -1.0], [1.0, 2.0]) == (None, 0.5, None, 2, 0)
+    assert sfd([1.0, -1.0], [-1.0, -2.0]) == (None, None, 0.5, 0, 2)
+    assert sfd([1.0], [0.0]) == (None, None, None, 0, 0)
     result = row(cell([1.0, -1.0], [1.0, 2.0]))
     assert (result["sfd"], result["sfd_low"], result["sfd_high"]) == (None, None, None)
-    assert (result["accuracy_shortcut_right"], result["accuracy_shortcut_wrong"]) == (0.5, None)
 
 
 def test_the_text_only_model_itself_has_sfd_one():
-    margins = np.array([1.0, -1.0, 2.0, -0.5])
-    assert sfd(margins, margins) == Sfd(1.0, 1.0, 0.0, 2, 2)
+    assert sfd([1.0, -1.0, 2.0, -0.5], [1.0, -1.0, 2.0, -0.5]) == (1.0, 1.0, 0.0, 2, 2)
 
 
 def test_cell_row_by_hand_and_json_safe():
@@ -210,7 +212,7 @@ def test_summary_means_by_hand():
     cells = [constant(level, train=train, test=test) for (train, test), level in levels.items()]
     better = {key: min(level + 0.2, 1.0) for key, level in levels.items()}
     cells += [constant(v, objective="shortcut_aware", train=train, test=test) for (train, test), v in better.items()]
-    rows = summarise(cells, IID, rng=np.random.default_rng(0), resamples=200)
+    rows = summarise(cells, IID, seed=0, resamples=200)
     assert pick(rows, "iid", "standard")["mean"] == pytest.approx((1.0 + 0.8) / 2)
     assert pick(rows, "ood", "standard")["mean"] == pytest.approx((0.5 + 0.3) / 2)
     assert pick(rows, "other", "standard")["mean"] == pytest.approx((0.6 + 0.2) / 2)
@@ -230,7 +232,7 @@ def test_summary_means_by_hand():
 def test_identical_objectives_differ_by_exactly_zero():
     cells = random_cells(np.random.default_rng(3), objectives=("standard",))
     copies = [CellScores(**{**vars(c), "objective": "copy"}) for c in cells]
-    rows = summarise(cells + copies, IID, rng=np.random.default_rng(0), resamples=200)
+    rows = summarise(cells + copies, IID, seed=0, resamples=200)
     differences = [r for r in rows if r["versus"] == "standard"]
     assert len(differences) == 7
     assert all((r["mean"], r["low"], r["high"]) == (0.0, 0.0, 0.0) for r in differences)
@@ -245,7 +247,7 @@ def test_pairing_makes_the_difference_surer_than_the_levels():
         margins = np.where(rng.random(400) < 0.6, 1.0, -1.0)
         better = np.where((margins < 0) & (rng.random(400) < 0.1), 1.0, margins)
         cells += [cell(margins, train=train, test=test), cell(better, objective="better", train=train, test=test)]
-    rows = summarise(cells, IID, rng=np.random.default_rng(0))
+    rows = summarise(cells, IID, seed=0)
     level, change = pick(rows, "iid", "better"), pick(rows, "iid", "better", "standard")
     assert change["high"] - change["low"] < 0.5 * (level["high"] - level["low"])
     assert 0 < change["low"] < change["mean"] < change["high"]
@@ -254,43 +256,54 @@ def test_pairing_makes_the_difference_surer_than_the_levels():
 def test_seeds_widen_the_interval():
     """Two seeds at 50 % and 100 %: resampling them gives 50, 75 or 100 %; the test set alone leaves far less open."""
     half = np.where(np.arange(400) % 2 == 0, 1.0, -1.0)
-    rows = summarise([cell(half, seed=0), cell(np.ones(400), seed=9)], IID, rng=np.random.default_rng(0))
+    rows = summarise([cell(half, seed=0), cell(np.ones(400), seed=9)], IID, seed=0)
     both = pick(rows, "iid", "standard")
     assert both["mean"] == 0.75 and both["seeds"] == 2
     assert both["low"] < 0.52 and both["high"] == 1.0
-    one = pick(summarise([cell(half)], IID, rng=np.random.default_rng(0)), "iid", "standard")
+    one = pick(summarise([cell(half)], IID, seed=0), "iid", "standard")
     assert one["seeds"] == 1
     assert 0.44 < one["low"] < 0.5 < one["high"] < 0.56
 
 
 def test_summary_leaves_out_what_no_cell_measures_and_keeps_the_undefined():
-    rows = summarise(
-        [cell([1.0, -1.0]), cell([1.0, 1.0], objective="x")], IID, rng=np.random.default_rng(0), resamples=9
-    )
+    rows = summarise([cell([1.0, -1.0]), cell([1.0, 1.0], objective="x")], IID, seed=0, resamples=9)
     assert {r["measure"] for r in rows} == {"iid", "sfd", "sfd_iid", "sfd_reduction"}
     assert pick(rows, "sfd", "standard")["mean"] is None and pick(rows, "sfd", "x", "standard")["mean"] is None
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    assert summarise([], IID, rng=np.random.default_rng(0)) == []
+    assert summarise([], IID, seed=0) == []
 
 
 def test_reduction_is_undefined_where_standard_has_no_sfd_to_reduce():
     shortcut = np.tile([1.0, -1.0], 20)
     worse = -shortcut  # right where the text-only model is wrong: SFD -1
     cells = [cell(worse, shortcut), cell(shortcut, shortcut, objective="x")]
-    reduction = pick(summarise(cells, IID, rng=np.random.default_rng(0)), "sfd_reduction", "x", "standard")
+    reduction = pick(summarise(cells, IID, seed=0), "sfd_reduction", "x", "standard")
     assert (reduction["mean"], reduction["low"], reduction["high"]) == (None, None, None)
 
 
 def test_summary_is_reproducible_and_refuses_unpaired_cells():
     cells = random_cells(np.random.default_rng(2))
-    first, second = (summarise(cells, IID, rng=np.random.default_rng(4), resamples=50) for _ in range(2))
+    first, second = (summarise(cells, IID, seed=4, resamples=50) for _ in range(2))
     assert first == second
     with pytest.raises(ValueError, match="two cells are named"):
-        summarise([*cells, cells[0]], IID, rng=np.random.default_rng(0))
+        summarise([*cells, cells[0]], IID, seed=0)
     with pytest.raises(ValueError, match="scored on different comparisons"):
-        summarise([cell([1.0]), cell([1.0, 2.0], objective="x")], IID, rng=np.random.default_rng(0))
+        summarise([cell([1.0]), cell([1.0, 2.0], objective="x")], IID, seed=0)
     with pytest.raises(ValueError, match=r"no i\.i\.d\. test is named for training environment 'c'"):
-        summarise([cell([1.0], train="c")], IID, rng=np.random.default_rng(0))
+        summarise([cell([1.0], train="c")], IID, seed=0)
+
+
+def test_what_else_is_drawn_changes_no_interval():
+    cells = random_cells(np.random.default_rng(6))
+    rows = summarise(cells, IID, resamples=50)
+    turned = summarise(cells[::-1], IID, resamples=50)
+    for r in rows:
+        other = pick(turned, r["measure"], r["objective"], r["versus"])
+        assert other == {k: pytest.approx(v) if isinstance(v, float) else v for k, v in r.items()}
+    fewer = summarise([c for c in cells if c.test != "tn"], IID, resamples=50)
+    assert pick(fewer, "ood", "standard") == pick(rows, "ood", "standard")
+    assert named_rng("a", 1).integers(1 << 40) == named_rng("a", 1).integers(1 << 40)
+    assert named_rng("a", 1).integers(1 << 40) != named_rng("a1").integers(1 << 40)
 
 
 def test_cell_kind():
@@ -307,7 +320,7 @@ def test_tables_for_the_terminal():
     cells = random_cells(np.random.default_rng(8))
     cells += [cell([1.0, -1.0], objective="[red]odd[/red]", test="only")]
     rows = [row(c, resamples=50) for c in cells]
-    tables = format_matrix(rows, summarise(cells, IID, rng=np.random.default_rng(0), resamples=50), iid=IID)
+    tables = format_matrix(rows, summarise(cells, IID, seed=0, resamples=50), iid=IID)
     output = io.StringIO()
     console = Console(file=output, width=160, force_terminal=True)
     for table in tables:

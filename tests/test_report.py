@@ -106,19 +106,18 @@ def demo(**changes) -> ReportData:
         "command": "mmrm quickstart --seeds 3",
         "facts": {"seconds": "312", "jax": "0.10.2", "learning rate": "1e-3"},
         "rows": [cell_row(cell, rng, 200) for cell in cells],
-        "summary": summarise(cells, IID, rng=rng, resamples=200),
+        "summary": summarise(cells, IID, resamples=200),
         "objectives": ("text_only", "standard", "shortcut_aware"),
         "trains": tuple(IID),
         "tests": TESTS,
         "iid": IID,
         "sfc_histories": histories,
         "examples": examples,
-        "notes": ["These numbers are made up."],
         "curves": [
             Curve("loss", f"{t}, seed 0", range(50), list(np.exp(-np.arange(50) / 20) + 0.02 * i))
             for i, t in enumerate(IID)
         ],
-        "quarantined": [Quarantined("train.jsonl", row, "image not found") for row in range(1, 4)],
+        "quarantined": [Quarantined("train.jsonl", row, f"image not found: {row}.png") for row in range(1, 4)],
     }
     return ReportData(**{**values, **changes})
 
@@ -141,7 +140,7 @@ def test_report_has_everything_and_needs_no_network(tmp_path, data):
         "Shortcut-aware training raised accuracy out of distribution", "In short", "Trained here, tested there",
         "SFC over training", "Comparisons with the highest and lowest SFC", "How it was run",
         "mmrm quickstart --seeds 3",
-        "0.10.2", "These numbers are made up.", "image not found", "Rows that could not be used: 3", "3 seeds",
+        "0.10.2", "image not found", "Rows that could not be used: 3", "3 seeds",
         "The text-only shortcut fails here: without the image the model is wrong, with it right.",
         "Text alone is enough here: without the image the model is right",
         "All numbers", "Show 108 rows", "hedged, seeds 0, 1, 2",
@@ -170,14 +169,13 @@ def test_records_are_escaped_everywhere(tmp_path):
             command=ATTACK,
             facts={ATTACK: ATTACK},
             rows=[cell_row(c, rng, 5) for c in evil],
-            summary=summarise(evil, {ATTACK: cells[0].test}, rng=rng, resamples=5),
+            summary=summarise(evil, {ATTACK: cells[0].test}, resamples=5),
             objectives=[c.objective for c in evil],
             trains=[ATTACK.replace("\x00", "").replace("\ud800", "")],
             tests=[cells[0].test],
             iid={ATTACK: cells[0].test},
             sfc_histories=[history],
             examples=[SfcExample(ATTACK, "highest", 0.5, png(), ATTACK, ATTACK, ATTACK, 0.0, -1.0)],
-            notes=[ATTACK],
             quarantined=[Quarantined(ATTACK, 1, ATTACK)],
         ),
     )
@@ -189,7 +187,7 @@ def test_records_are_escaped_everywhere(tmp_path):
 
 
 def test_braces_in_records_are_kept(tmp_path, data):
-    text = written(tmp_path, dataclasses.replace(data, rows=(), summary=(), notes=["a {title} {} {{x}}"]))
+    text = written(tmp_path, dataclasses.replace(data, rows=(), summary=(), command="a {title} {} {{x}}"))
     assert "a {title} {} {{x}}" in Page(text).text
 
 

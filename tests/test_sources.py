@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mmrm_jax.data.records import DataError
-from mmrm_jax.data.sources import MemorySource, open_source, split_holdout
+from mmrm_jax.data.sources import MemorySource, fingerprint, open_source, split_holdout
 from mmrm_jax.data.tfds.features import decode_group, encode_group, group_features
 from mmrm_jax.data.tfds.preference_files import prepare
 from mmrm_jax.types import Comparison, Group
@@ -233,6 +233,27 @@ def test_holdout_edges(folder):
     gone = MemorySource((dataclasses.replace(source[0], image=folder / "gone.png"), source[1]))
     with pytest.raises(DataError, match="f row 1: image .*gone.png cannot be read"):
         split_holdout(gone, 0.5, seed=0)
+
+
+def test_fingerprint_is_of_content_and_order(folder):
+    path = write(folder / "f.jsonl", pair(0, "0.png"), pair(1, "1.png"), pair(2, None))
+    prepare([path], folder / "out")
+    source = open_source(path)[0]
+    first = fingerprint(source, {})
+    assert first == fingerprint(source, {}) == fingerprint(open_source(folder / "out")[0], {})
+    one, two, three = groups_of(source)
+    changed = [
+        (two, one, three),
+        (one, two),
+        (dataclasses.replace(one, id="x"), two, three),
+        (dataclasses.replace(one, prompt="x"), two, three),
+        (dataclasses.replace(one, responses=("good", "worse")), two, three),
+        (dataclasses.replace(one, comparisons=(Comparison(1, 0),)), two, three),
+        (dataclasses.replace(one, image=folder / "2.png"), two, three),
+        (dataclasses.replace(one, image=folder / "gone.png"), two, three),
+    ]
+    found = {fingerprint(MemorySource(tuple(groups)), {}) for groups in changed}
+    assert len(found) == len(changed) and first not in found
 
 
 def test_tensorflow_is_never_imported(folder):

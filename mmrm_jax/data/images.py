@@ -22,10 +22,10 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 50_000_000
 
 # Only formats that are pictures and decode in-process: Pillow's EPS reader, for one, starts Ghostscript on the file.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # What Pillow's decoders raise on damaged data.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
 
 
 class ImageError(ValueError):
@@ -86,7 +86,7 @@ def _opened(image: Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
             # Our own limit stands in for Pillow's bomb warning; damaged metadata is no matter where the pixels decode.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
                 _check_size(opened.size, max_pixels, name)
                 yield opened
     except ImageError:
@@ -96,8 +96,8 @@ def _opened(image: Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is none of {', '.join(_FORMATS)}, or its header is damaged") from error
-    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name} is none of {', '.join(FORMATS)}, or its header is damaged") from error
+    except DECODE_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 

@@ -149,7 +149,7 @@ class MakeBatch:
     """Positions -> padded batch: the step of the pipeline that workers run.
 
     Every process takes its slice of the batch, padded like those of the others. A group that cannot be read leaves
-    padding; it is appended to `quarantine` when this process meets it first, or raises DataError where `strict`.
+    padding; it is appended to `quarantine`, once, or raises DataError where `strict`.
     """
 
     data: EncodedSource
@@ -160,7 +160,6 @@ class MakeBatch:
     strict: bool = False
     process_index: int = 0
     process_count: int = 1
-    reported: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = self.micro_batches * self.process_count
@@ -174,12 +173,11 @@ class MakeBatch:
         mine = positions[self.process_index :: self.process_count]
         encoded = [self.data.encode(int(p)) for p in mine]
         groups = [e for e in encoded if isinstance(e, EncodedGroup)]
-        bad = {int(p): e for p, e in zip(mine, encoded, strict=True) if isinstance(e, Quarantined)}
+        bad = [e for e in encoded if isinstance(e, Quarantined)]
         if self.strict:
-            raise_first(list(bad.values()))
+            raise_first(bad)
         if self.quarantine is not None:
-            _append(self.quarantine, [e for p, e in bad.items() if p not in self.reported])
-            self.reported.update(bad)
+            _append(self.quarantine, bad)
         return collate(
             groups,
             self.buckets,
@@ -191,9 +189,12 @@ class MakeBatch:
 
 
 def _append(path: Path, entries: Sequence[Quarantined]) -> None:
-    if entries:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries))
+    if not entries:
+        return
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    lines = dict.fromkeys(json.dumps(dataclasses.asdict(entry)) for entry in entries)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines if line not in known))
 
 
 def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:

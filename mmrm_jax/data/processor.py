@@ -30,7 +30,7 @@ class Processor:
         preprocessing = Preprocessing(
             image_size=config.get("force_image_size") or config["vision_config"]["image_size"],
             min_tiles=config.get("min_dynamic_patch", 1),
-            max_tiles=max_tiles or config.get("max_dynamic_patch", 6),
+            max_tiles=max_tiles if max_tiles is not None else config.get("max_dynamic_patch", 6),
             use_thumbnail=config.get("use_thumbnail", True),
             dynamic=config.get("dynamic_image_size", True),
         )

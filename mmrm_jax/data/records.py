@@ -100,19 +100,28 @@ def write_quarantine(path: str | Path, entries: Iterable[Quarantined]) -> None:
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+def read_quarantine(path: str | Path) -> list[Quarantined]:
+    """The entries of a quarantine file, each once; none where there is no such file."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(Quarantined(**json.loads(line)) for line in lines))
+
+
 def summarise_quarantine(entries: Sequence[Quarantined]) -> str:
     """A short summary for people: how many entries of each kind, the most frequent first, with one example each."""
     if not entries:
         return "nothing quarantined"
-    kinds = collections.Counter(_kind(entry) for entry in entries)
-    first = {_kind(entry): entry for entry in reversed(entries)}
+    kinds = collections.Counter(quarantine_kind(entry) for entry in entries)
+    first = {quarantine_kind(entry): entry for entry in reversed(entries)}
     lines = [
         f"  {count} x {kind} (first: {first[kind].file} row {first[kind].row})" for kind, count in kinds.most_common()
     ]
     return "\n".join([f"{len(entries)} quarantined:", *lines])
 
 
-def _kind(entry: Quarantined) -> str:
+def quarantine_kind(entry: Quarantined) -> str:
+    """The kind of problem: the part of the reason before the colon."""
     return entry.reason.split(":", 1)[0]
 
 

@@ -67,7 +67,7 @@ class WorldRates:
     """
 
     cue_agreement: float = 0.9
-    label_noise: float = 0.15
+    label_noise: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,7 +129,7 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
     known: dict[Path, str] = {}
-    identities = [_identity(source[index], known) for index in range(len(source))]
+    identities = [group_identity(source[index], known) for index in range(len(source))]
     distinct = sorted(set(identities), key=lambda identity: _digest(f"{seed}:{identity}".encode()))
     if fraction > 0 and len(distinct) < 2:
         raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set the fraction to 0")
@@ -139,8 +140,11 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     return ViewSource(source, train), ViewSource(source, validation)
 
 
-def _identity(group: Group, known: dict[Path, str]) -> str:
-    """A hash of the group's image, or of its prompt where there is none; `known` saves reading a file twice."""
+def group_identity(group: Group, known: dict[Path, str]) -> str:
+    """A hash of the group's image, or of its prompt where there is none; `known` saves reading a file twice.
+
+    Raises DataError where the image cannot be read.
+    """
     if group.image is None:
         return "prompt:" + _digest(group.prompt.encode())
     if isinstance(group.image, bytes):
@@ -151,6 +155,24 @@ def _identity(group: Group, known: dict[Path, str]) -> str:
         except OSError as error:
             raise DataError(f"{group.file} row {group.row}: image {group.image} cannot be read: {error}") from error
     return known[group.image]
+
+
+def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
+    """SHA-256 of what training and testing see of a source: ids, prompts, responses, comparisons and images, in order.
+
+    `known` is shared between sources that show the same files, as in `group_identity`. Where files lie and what they
+    are called does not matter. An image that cannot be read counts as such: it is quarantined, not used.
+    """
+    total = hashlib.sha256()
+    for index in range(len(source)):
+        group = source[index]
+        try:
+            image = group_identity(group, known)
+        except DataError:
+            image = "unreadable"
+        comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
+        total.update(json.dumps([group.id, group.prompt, group.responses, comparisons, image]).encode() + b"\n")
+    return total.hexdigest()
 
 
 def _digest(data: bytes) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches
+from mmrm_jax.data.sources import group_identity
 from mmrm_jax.train.program import Program
 from mmrm_jax.train.state import TrainState
 
@@ -39,9 +40,13 @@ def evaluate(
     *,
     batch_size: int,
     quarantine: Path | None = None,
+    strict: bool = False,
 ) -> Evaluation:
-    """Run the evaluation step over a whole data set, in order. Groups that cannot be read go to `quarantine`."""
-    make = MakeBatch(data, buckets, batch_size, quarantine=quarantine)
+    """Run the evaluation step over a whole data set, in order.
+
+    Groups that cannot be read go to `quarantine`; with `strict` the first of them raises DataError.
+    """
+    make = MakeBatch(data, buckets, batch_size, quarantine=quarantine, strict=strict)
     columns: dict[str, list[np.ndarray]] = {}
     rewards: dict[str, list[np.ndarray]] = {}
     for stacked in batches(SequentialPlan(len(data), batch_size), make):
@@ -72,8 +77,9 @@ def evaluate(
     )
 
 
-def image_clusters(data: EncodedSource, e: Evaluation) -> np.ndarray:
-    """A number per comparison that is the same for comparisons of one image (of one group, without an image)."""
-    numbers: dict[object, int] = {}
-    images = ((data.group(int(g)).image, int(g)) for g in e.group)
-    return np.asarray([numbers.setdefault(i if i is not None else g, len(numbers)) for i, g in images])
+def image_clusters(data: EncodedSource) -> np.ndarray:
+    """A number per group, int [groups], that groups share which show the same image (or, without one, prompt)."""
+    known: dict[Path, str] = {}
+    numbers: dict[str, int] = {}
+    identities = (group_identity(data.group(index), known) for index in range(len(data)))
+    return np.asarray([numbers.setdefault(identity, len(numbers)) for identity in identities])

@@ -5,46 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import MatrixConfig, TrainConfig, differences, to_json
-from mmrm_jax.data.batching import Buckets
-from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, buckets_for
+from mmrm_jax.config import MatrixConfig, TrainConfig, to_json
+from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches
+from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
+from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.tiny import MODEL_DIR
-from mmrm_jax.train.checkpoint import check_config
+from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,
-    encode,
+    describe_data,
     initial_params,
-    merged_views,
     open_checkpoint,
-    open_spec,
-    training_sources,
+    training_steps,
 )
 from mmrm_jax.types import Quarantined
 
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Encoded training and test sets by name, the buckets that cover them all, and what was left out."""
-
-    train: dict[str, EncodedSource]
-    test: dict[str, EncodedSource]
-    iid: dict[str, str]
-    buckets: Buckets
-    quarantined: list[Quarantined]
+FREE = ("title", "seeds", "jobs", "out")  # settings that a finished cell does not depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +54,19 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What a run leaves behind: its evaluation on every test set, its history and its seconds."""
+    """What a run leaves behind: its evaluation on every test set, its history, its seconds of training, and the groups
+    that it met and could not read."""
 
     cell: Cell
     evaluations: dict[str, Evaluation]
     history: list[dict[str, Any]]
     seconds: float
+    unreadable: list[Quarantined]
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """All runs of a configuration, with the data they were tested on."""
+    """All runs of a configuration, with the data they were tested on; `seconds` are this command's own."""
 
     config: MatrixConfig
     data: Data
@@ -81,75 +75,112 @@ class Matrix:
 
 
 def trained_objectives(objectives: tuple[str, ...]) -> list[str]:
-    """The objectives that need a run: text-only training is the proxy's half of shortcut-aware training."""
+    """The objectives that need a run: beside shortcut_aware, text_only does not, since the proxy is that model.
+
+    The proxy has its own parameters and loss, and no gradient from the primary. The two share one global-norm clip,
+    as in the paper's recipe, so the proxy is text-only training up to clipping.
+    """
     skip = {"text_only"} if "shortcut_aware" in objectives else set()
     return [o for o in objectives if o not in skip]
 
 
-def load_data(config: MatrixConfig, checkpoint: Checkpoint, console: Console) -> Data:
-    """Open and measure every set. On "validation" the held-out parts of the training sets are the test sets."""
-    views = merged_views(map(find_objective, config.objectives), config.train)
-    quarantined: list[Quarantined] = []
-    train_sets: dict[str, EncodedSource] = {}
-    test_sets: dict[str, EncodedSource] = {}
-    iid: dict[str, str] = {}
-
-    def add(into: dict[str, EncodedSource], name: str, source: Any) -> None:
-        into[name], bad = encode(source, checkpoint, views, config.train, name=name, console=console)
-        quarantined.extend(bad)
-
-    for env in config.environments:
-        held_out = None
-        spec = env.test if config.on == "test" else env.validation
-        test_name = env.label(spec or env.train or env.test)
-        if env.train is not None:
-            name = env.label(env.train)
-            source, held_out, bad = training_sources(env.train, config.root, config.image_root, config.train)
-            quarantined.extend(bad)
-            add(train_sets, name, source)
-            iid[name] = test_name
-        if spec is not None:
-            source, bad = open_spec(spec, config.root, config.image_root)
-            quarantined.extend(bad)
-            add(test_sets, test_name, source)
-        elif held_out is not None:
-            add(test_sets, test_name, held_out)
-    if not train_sets or not test_sets:
-        raise ValueError("the matrix needs an environment with training data and a test set (or a hold-out)")
-    buckets = buckets_for([*train_sets.values(), *test_sets.values()], config.train.data.buckets)
-    return Data(train_sets, test_sets, iid, buckets, quarantined)
-
-
-def training_steps(config: TrainConfig, groups: int) -> int:
-    """`steps`, or as many as `epochs` passes over the groups take."""
-    return config.steps if config.steps is not None else max(1, round(config.epochs * groups / config.batch_size))
+def check_matrix(config: MatrixConfig) -> None:
+    """Raises ValueError for an unknown objective, and for several jobs where they would share an accelerator."""
+    for name in config.objectives:
+        find_objective(name)
+    if config.jobs > 1 and jax.default_backend() != "cpu":
+        raise ValueError(
+            f"jobs is {config.jobs}, but each process would claim the same {jax.default_backend()}: use --jobs 1 "
+            "(one process uses all devices), or JAX_PLATFORMS=cpu"
+        )
 
 
 def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     """Train and test every cell. A cell that an interrupted run has finished is read back, not trained again.
 
-    Raises CheckpointError where `config.out` holds a matrix of another configuration.
+    With `config.jobs` above 1 the cells are shared out among processes. What is in `FREE` may differ from an earlier
+    run in the same directory. Raises ValueError as `check_matrix` does, and CheckpointError where the directory holds
+    a matrix of another configuration, other data or another model.
     """
     start = time.monotonic()
-    resolved = to_json(dataclasses.replace(config, out=Path(".")))
-    saved = config.out / "config.json"
-    check_config(config.out, resolved, differences(json.loads(saved.read_text()), resolved) if saved.exists() else [])
+    check_matrix(config)
+    model = config.model or MODEL_DIR
+    checkpoint = open_checkpoint(model, config.train.data)
+    sources = open_data(config)
+    resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
+    check_config(config.out, resolved, ignore=FREE)
+    data = load_data(config, sources, checkpoint, console)
+    write_config(config.out, resolved)
+    console.print(describe_data([*data.train.values(), *data.test.values()], data.buckets))
+    if data.quarantined:
+        console.print(summarise_quarantine(data.quarantined))
+    write_quarantine(config.out / "quarantine.jsonl", data.quarantined)
+    cells = all_cells(config, list(data.train))
+    run_shares(config, checkpoint, data, share_out(cells, config.jobs), console)
+    results = [read_cell(config.out / "cells" / cell.name, cell) for cell in cells]
+    return Matrix(config, data, results, time.monotonic() - start)
+
+
+def all_cells(config: MatrixConfig, trains: Sequence[str]) -> list[Cell]:
+    """The runs of a matrix in the order of its results: by seed, objective and training environment."""
+    objectives = trained_objectives(config.objectives)
+    return [Cell(o, name, seed) for seed in range(config.seeds) for o in objectives for name in trains]
+
+
+def share_out(cells: Sequence[Cell], jobs: int) -> list[list[Cell]]:
+    """Cells for each of `jobs` processes: seed by seed, the costliest first, to the one with the least to do.
+
+    What a cell costs is its number of branches.
+    """
+    shares: list[list[Cell]] = [[] for _ in range(jobs)]
+    load = [0] * jobs
+    for cell in sorted(cells, key=lambda c: (c.seed, -len(find_objective(c.objective).branches))):
+        least = load.index(min(load))
+        shares[least].append(cell)
+        load[least] += len(find_objective(cell.objective).branches)
+    return shares
+
+
+def run_shares(
+    config: MatrixConfig, checkpoint: Checkpoint, data: Data, shares: Sequence[Sequence[Cell]], console: Console
+) -> None:
+    """Run the first share here, the others each in a process; where anything goes wrong, these are ended at once."""
+    others = [share for share in shares[1:] if share]
+    if not others:
+        return run_cells(config, checkpoint, data, shares[0], console)
+    before = active_children()
+    with ProcessPoolExecutor(len(others), get_context("spawn")) as pool:
+        futures = [pool.submit(run_share, config, share) for share in others]
+        workers = [process for process in active_children() if process not in before]
+        try:
+            run_cells(config, checkpoint, data, shares[0], console)
+            for future in futures:
+                future.result()
+        except BaseException:  # an interrupt too
+            for process in workers:
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_share(config: MatrixConfig, cells: Sequence[Cell]) -> None:
+    """What a process beside the first does: load the data itself and run its cells, silently."""
+    console = Console(quiet=True)
     checkpoint = open_checkpoint(config.model or MODEL_DIR, config.train.data)
-    data = load_data(config, checkpoint, console)
-    results = []
-    cells = [
-        Cell(objective, name, seed)
-        for seed in range(config.seeds)
-        for objective in trained_objectives(config.objectives)
-        for name in data.train
-    ]
+    data = load_data(config, open_data(config), checkpoint, console)
+    run_cells(config, checkpoint, data, cells, console)
+
+
+def run_cells(
+    config: MatrixConfig, checkpoint: Checkpoint, data: Data, cells: Sequence[Cell], console: Console
+) -> None:
+    """Run the cells that are not finished yet, with progress; compilations are shared where steps are equal."""
     programs: dict[tuple[str, int], Program] = {}
     with make_progress(console) as progress:
-        overall = progress.add_task("matrix", total=len(cells), metrics="")
+        overall = progress.add_task("matrix" if config.jobs == 1 else "share", total=len(cells), metrics="")
         for cell in cells:
             folder = config.out / "cells" / cell.name
-            result = read_cell(folder, cell)
-            if result is None:
+            if not (folder / "cell.json").exists():
                 settings = dataclasses.replace(
                     config.train, objective=cell.objective, seed=config.train.seed + cell.seed
                 )
@@ -160,9 +191,7 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
                 with task(progress, cell.name, steps) as report:
                     result = run_cell(cell, programs[key], checkpoint, data, settings, steps, folder, report)
                 write_cell(folder, result)
-            results.append(result)
             progress.advance(overall)
-    return Matrix(config, data, results, time.monotonic() - start)
 
 
 def run_cell(
@@ -179,7 +208,7 @@ def run_cell(
     source = data.train[cell.train]
     plan = BatchPlan([s.response for s in source.shapes], config.batch_size, config.seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    quarantine = folder / "quarantine.jsonl"
+    quarantine = folder / "unreadable.jsonl"
     make = MakeBatch(
         source,
         data.buckets,
@@ -190,15 +219,23 @@ def run_cell(
     )
     params, _ = initial_params(checkpoint, config.seed)
     state = resume(program, program.init(params, config), folder)
+    if not int(state.step):
+        quarantine.unlink(missing_ok=True)  # of a run that begins again
     stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
     result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
     evaluations = {
         name: evaluate(
-            program, result.state, test, data.buckets, batch_size=config.eval_batch_size, quarantine=quarantine
+            program,
+            result.state,
+            test,
+            data.buckets,
+            batch_size=config.eval_batch_size,
+            quarantine=quarantine,
+            strict=config.strict,
         )
         for name, test in data.test.items()
     }
-    return CellResult(cell, evaluations, result.history, result.seconds)
+    return CellResult(cell, evaluations, result.history, result.seconds, read_quarantine(quarantine))
 
 
 def write_cell(folder: Path, result: CellResult) -> None:
@@ -217,10 +254,10 @@ def write_cell(folder: Path, result: CellResult) -> None:
     part.rename(folder / "cell.json")
 
 
-def read_cell(folder: Path, cell: Cell) -> CellResult | None:
-    """The result saved in `folder`, or None where the cell is not finished."""
+def read_cell(folder: Path, cell: Cell) -> CellResult:
+    """The result saved in `folder`. Raises CheckpointError where the cell is not finished."""
     if not (folder / "cell.json").exists():
-        return None
+        raise CheckpointError(f"{folder} holds no finished run: give the command again to run what is missing")
     summary = json.loads((folder / "cell.json").read_text())
     evaluations = {}
     with np.load(folder / "evaluations.npz") as f:
@@ -231,7 +268,8 @@ def read_cell(folder: Path, cell: Cell) -> CellResult | None:
                 sfc=f.get(f"{test}/sfc"),
                 mean_reward=rewards,
             )
-    return CellResult(cell, evaluations, summary["history"], summary["seconds"])
+    unreadable = read_quarantine(folder / "unreadable.jsonl")
+    return CellResult(cell, evaluations, summary["history"], summary["seconds"], unreadable)
 
 
 def scores(matrix: Matrix) -> Iterator[CellScores]:
@@ -243,17 +281,17 @@ def scores(matrix: Matrix) -> Iterator[CellScores]:
         (r.cell.train, r.cell.seed): r for r in matrix.results if PROXY in find_objective(r.cell.objective).branches
     }
     wanted = matrix.config.objectives
+    clusters = {test: image_clusters(source) for test, source in matrix.data.test.items()}
     for result in matrix.results:
         cell, own = result.cell, find_objective(result.cell.objective)
         shortcut = text.get((cell.train, cell.seed))
         for test, e in result.evaluations.items():
-            clusters = image_clusters(matrix.data.test[test], e)
             common = {
                 "train": cell.train,
                 "test": test,
                 "seed": cell.seed,
                 "shortcut_margins": None if shortcut is None else shortcut.evaluations[test].margins[PROXY],
-                "clusters": clusters,
+                "clusters": clusters[test][e.group],
                 "tie": e.tie,
             }
             yield CellScores(

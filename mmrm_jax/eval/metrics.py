@@ -13,6 +13,7 @@ Dimension key beside the package's: K clusters, B the sample itself and its resa
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from typing import Any
 
@@ -71,20 +72,6 @@ class CellScores:
         return f"{self.objective} trained on {self.train}, seed {self.seed}, tested on {self.test}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sfd:
-    """SFD = accuracy_right - accuracy_wrong with both terms and sizes; None where a side is empty.
-
-    "right" and "wrong" are S+ and S-: the comparisons that the text-only model gets right and wrong.
-    """
-
-    sfd: float | None
-    accuracy_right: float | None
-    accuracy_wrong: float | None
-    n_right: int
-    n_wrong: int
-
-
 def correctness(margins: Float[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
     """1 where d > 0, 1/2 where d == 0, 0 where d < 0.
 
@@ -101,34 +88,6 @@ def correctness(margins: Float[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
     return 0.5 * (1.0 + np.sign(margins))
 
 
-def accuracy(margins: Float[np.ndarray, "C"], tie: Bool[np.ndarray, "C"] | None = None) -> float | None:
-    """Share of the comparisons with d > 0 (d == 0 counts 1/2), leaving out label ties; None where none is left."""
-    correct = correctness(margins)
-    if tie is not None:
-        correct = correct[~tie]
-    return float(correct.mean()) if correct.size else None
-
-
-def sfd(
-    margins: Float[np.ndarray, "C"],
-    shortcut_margins: Float[np.ndarray, "C"],
-    tie: Bool[np.ndarray, "C"] | None = None,
-) -> Sfd:
-    """Shortcut-Failure Degradation: Acc(S+) - Acc(S-), S+ / S- being what the text-only model gets right / wrong.
-
-    A comparison at which the text-only margin is exactly 0 shows neither that the shortcut works nor that it
-    fails, and belongs to neither side. Label ties count nowhere.
-
-    Raises:
-      ValueError: at a NaN or infinite margin of either model, naming its index.
-    """
-    counted = np.ones(len(margins), bool) if tie is None else ~tie
-    sums = _tallies(correctness(margins), counted, correctness(shortcut_margins)).sum(axis=0)
-    _, right, wrong = (_finite(rate) for rate in _rates(sums))
-    degradation = None if right is None or wrong is None else right - wrong
-    return Sfd(degradation, right, wrong, n_right=int(sums[1, 1]), n_wrong=int(sums[2, 1]))
-
-
 def _tallies(
     correct: Float[np.ndarray, "C"], counted: Bool[np.ndarray, "C"], shortcut: Float[np.ndarray, "C"] | None
 ) -> Float[np.ndarray, "C 3 2"]:
@@ -142,6 +101,9 @@ def _tallies(
 def cell_tallies(cell: CellScores) -> Float[np.ndarray, "C 3 2"]:
     """Per comparison (points, count) in all, in S+ and in S-: what every resampled measure is a ratio of.
 
+    S+ and S- are the comparisons that the text-only model gets right and wrong. One at which its margin is exactly 0
+    shows neither that the shortcut works nor that it fails, and belongs to neither. Label ties count nowhere.
+
     Raises:
       ValueError: at a margin that is not finite, naming cell and index.
     """
@@ -151,6 +113,12 @@ def cell_tallies(cell: CellScores) -> Float[np.ndarray, "C 3 2"]:
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
     return _tallies(correct, ~cell.tie, shortcut)
+
+
+def named_rng(*name: object) -> np.random.Generator:
+    """A generator of its own for whatever has this name: what else is drawn, and in which order, changes nothing."""
+    digest = hashlib.sha256("\0".join(map(str, name)).encode(errors="surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 def cluster_sums(
@@ -186,7 +154,7 @@ def _rates(sums: Float[np.ndarray, "*B 3 2"]) -> Float[np.ndarray, "3 *B"]:
 
 
 def accuracy_and_sfd(sums: Float[np.ndarray, "B 3 2"]) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
-    """Accuracy and SFD of every resample; NaN where undefined."""
+    """Accuracy and SFD = Acc(S+) - Acc(S-) of every resample; NaN where a side is empty."""
     overall, right, wrong = _rates(sums)
     return overall, right - wrong
 

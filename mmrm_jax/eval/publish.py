@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import TrainConfig, to_json
-from mmrm_jax.data.records import summarise_quarantine, write_quarantine
+from mmrm_jax.data.records import summarise_quarantine
 from mmrm_jax.eval.matrix import PROXY, Matrix, scores
-from mmrm_jax.eval.metrics import cell_row
+from mmrm_jax.eval.metrics import cell_row, named_rng
 from mmrm_jax.eval.report import ReportData, SfcExample, headline, write_report
 from mmrm_jax.eval.report_plots import Curve, SfcHistory
 from mmrm_jax.eval.summary import format_matrix, summarise
 from mmrm_jax.train.step import SFC_BINS
+from mmrm_jax.types import Quarantined
 
 EXAMPLES = 4  # comparisons shown at each end of the SFC scale, per environment
 
@@ -25,22 +27,29 @@ EXAMPLES = 4  # comparisons shown at each end of the SFC scale, per environment
 def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
     """Print the tables, write `results.json` and `report.html` into the run directory; returns the results."""
     config = matrix.config
-    cells = list(scores(matrix))
-    rng = np.random.default_rng(0)
-    rows = [cell_row(cell, rng) for cell in cells]
-    summary = summarise(cells, matrix.data.iid, rng=rng)
+    cells = sorted(scores(matrix), key=lambda c: (c.seed, config.objectives.index(c.objective)))
+    rows = [cell_row(cell, named_rng(cell.name)) for cell in cells]
+    summary = summarise(cells, matrix.data.iid)
     for table in format_matrix(rows, summary, iid=matrix.data.iid):
         console.print(table)
     for sentence in headline(summary):
         console.print(sentence)
-    result = {"rows": rows, "summary": summary, "seconds": matrix.seconds, "config": to_json(config)}
+    unreadable = _unreadable(matrix)
+    if unreadable:
+        console.print(f"unreadable while running, left out:\n{summarise_quarantine(unreadable)}")
+    training = _training_seconds(matrix)
+    result = {
+        "rows": rows,
+        "summary": summary,
+        "training_seconds": training,
+        "seconds": matrix.seconds,
+        "unreadable": [dataclasses.asdict(entry) for entry in unreadable],
+        "config": to_json(config),
+    }
     (config.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    if matrix.data.quarantined:
-        console.print(summarise_quarantine(matrix.data.quarantined))
-        write_quarantine(config.out / "quarantine.jsonl", matrix.data.quarantined)
     report = config.out / "report.html"
     write_report(report, _report_data(matrix, rows, summary, command))
-    console.print(f"{matrix.seconds:.0f} s; report: {report}")
+    console.print(f"{training:.0f} s of training, {matrix.seconds:.0f} s in this command; report: {report}")
     return result
 
 
@@ -55,7 +64,8 @@ def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command:
         "learning rate": str(config.train.optimizer.learning_rate),
         "proxy input": config.train.proxy_input,
         "frozen": ", ".join(config.train.freeze) or "nothing",
-        "seconds": f"{matrix.seconds:.0f}",
+        "training seconds": f"{_training_seconds(matrix):.0f}, all runs together",
+        "seconds of this command": f"{matrix.seconds:.0f}",
         "versions": versions(),
     }
     return ReportData(
@@ -71,8 +81,18 @@ def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command:
         sfc_histories=_sfc_histories(matrix),
         examples=_examples(matrix),
         curves=_curves(matrix),
-        quarantined=matrix.data.quarantined,
+        quarantined=[*matrix.data.quarantined, *_unreadable(matrix)],
     )
+
+
+def _unreadable(matrix: Matrix) -> list[Quarantined]:
+    """The groups that any of the runs met and could not read, each once."""
+    return list(dict.fromkeys(entry for r in matrix.results for entry in r.unreadable))
+
+
+def _training_seconds(matrix: Matrix) -> float:
+    """Summed over the runs, those of earlier commands and other processes included."""
+    return sum(r.seconds for r in matrix.results)
 
 
 def _length(config: TrainConfig) -> str:
@@ -116,7 +136,7 @@ def _curves(matrix: Matrix) -> list[Curve]:
 
 
 def _examples(matrix: Matrix) -> list[SfcExample]:
-    """The extremes of every environment's own test set, under its first shortcut-aware model."""
+    """The extremes of every environment's own test set, label ties apart, under its first shortcut-aware model."""
     examples = []
     for r in matrix.results:
         own = matrix.data.iid[r.cell.train]
@@ -124,6 +144,7 @@ def _examples(matrix: Matrix) -> list[SfcExample]:
         if r.cell.seed != 0 or e.sfc is None:
             continue
         order = np.argsort(e.sfc, kind="stable")
+        order = order[~e.tie[order]]  # neither response of a tie is the chosen one
         for kind, chosen in (("highest", order[::-1][:EXAMPLES]), ("lowest", order[:EXAMPLES])):
             for c in chosen:
                 group = matrix.data.test[own].group(int(e.group[c]))

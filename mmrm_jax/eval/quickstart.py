@@ -12,11 +12,12 @@ from mmrm_jax.data.tfds.shapes_world import build_shapes_world
 # The rates of the world are documented in `data.shapes`; these settings were chosen on the validation split.
 CONFIG = MatrixConfig(
     out=Path("runs/quickstart"),
+    jobs=2,
     title="Shapes world: what shortcut-aware training changes",
     train=TrainConfig(
         batch_size=64,
-        steps=500,
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        steps=600,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.05),
         data=DataConfig(holdout=0.0),
     ),
 )
@@ -35,4 +36,4 @@ def with_shapes_world(config: MatrixConfig, data_dir: Path) -> MatrixConfig:
         )
         for name, folder in folders.items()
     )
-    return dataclasses.replace(config, environments=environments)
+    return dataclasses.replace(config, environments=environments, root=Path("."))

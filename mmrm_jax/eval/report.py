@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
+from mmrm_jax.data.images import DECODE_ERRORS, FORMATS, MAX_PIXELS
+from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
 from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds, sfc_over_training, training_curves
 from mmrm_jax.eval.summary import BASELINE, MEASURE_NAMES, cell_kind, mean_over_seeds, percent, points
@@ -26,7 +28,6 @@ from mmrm_jax.types import Quarantined
 _METHOD = "shortcut_aware"
 _IMAGE_SIDE = 480  # longest side of an example image in the report
 _TINY_SIDE = 96  # images up to this side are enlarged without smoothing
-_MAX_PIXELS = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,6 @@ class ReportData:
       iid: training environment -> its own i.i.d. test.
       sfc_histories: of the shortcut-aware runs.
       examples: comparisons with the highest and lowest SFC.
-      notes: remarks, one paragraph each.
       curves: training curves.
       quarantined: rows of the data that could not be used.
     """
@@ -74,7 +74,6 @@ class ReportData:
     iid: Mapping[str, str]
     sfc_histories: Sequence[SfcHistory] = ()
     examples: Sequence[SfcExample] = ()
-    notes: Sequence[str] = ()
     curves: Sequence[Curve] = ()
     quarantined: Sequence[Quarantined] = ()
 
@@ -320,7 +319,7 @@ def _image_html(image: bytes | None, prompt: str) -> str:
         return "<p class='noimage'>no image</p>"
     try:
         encoded, mime, tiny = _reencode(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return f"<p class='noimage'>image cannot be shown: {_text(error)}</p>"
     source = f"data:{mime};base64,{base64.b64encode(encoded).decode('ascii')}"
     return (
@@ -332,8 +331,8 @@ def _reencode(image: bytes) -> tuple[bytes, str, bool]:
     """The image made small enough for a page: (encoded bytes, MIME type, whether it is tiny)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(io.BytesIO(image))
-    if opened.width * opened.height > _MAX_PIXELS:
+        opened = Image.open(io.BytesIO(image), formats=FORMATS)
+    if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
     upright = ImageOps.exif_transpose(opened)
     tiny = max(upright.size) <= _TINY_SIDE
@@ -352,10 +351,9 @@ def _how(data: ReportData) -> str:
     parts = [f"<pre>{_text(data.command)}</pre>"] if data.command else []
     if data.facts:
         parts.append(_table(("", ""), ((_text(name), _text(value)) for name, value in data.facts.items())))
-    parts += [f"<p>{_text(note)}</p>" for note in data.notes]
     if data.quarantined:
-        counts = collections.Counter((row.file, row.reason) for row in data.quarantined)
-        shown = [(_text(file), _text(reason), str(n)) for (file, reason), n in counts.most_common(30)]
+        counts = collections.Counter((row.file, quarantine_kind(row)) for row in data.quarantined)
+        shown = [(_text(file), _text(kind), str(n)) for (file, kind), n in counts.most_common(30)]
         rest = len(counts) - len(shown)
         total = len(data.quarantined)
         parts.append(f"<h3>Rows that could not be used: {total}</h3>" + _table(("file", "reason", "rows"), shown))

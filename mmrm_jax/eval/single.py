@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,29 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import TrainConfig, differences, to_json
-from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, buckets_for
-from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
+from mmrm_jax.config import TrainConfig, to_json
+from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches, buckets_for
+from mmrm_jax.data.records import DataError, raise_first, read_quarantine, summarise_quarantine, write_quarantine
+from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
+from mmrm_jax.eval.summary import percent
 from mmrm_jax.tiny import MODEL_DIR
-from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
+from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
-from mmrm_jax.train.setup import encode, initial_params, merged_views, open_checkpoint, open_spec, training_sources
+from mmrm_jax.train.setup import (
+    describe_data,
+    encode,
+    initial_params,
+    merged_views,
+    model_fingerprint,
+    open_checkpoint,
+    open_spec,
+    training_sources,
+    training_steps,
+)
 from mmrm_jax.train.state import TrainState
 
 
@@ -33,46 +46,63 @@ def train_run(
 
     Raises CheckpointError where `out` holds a run of another configuration.
     """
-    resolved = to_json(config) | {"data": spec, "model": str(model) if model else None}
-    saved = out / "config.json"
-    check_config(out, resolved, differences(json.loads(saved.read_text()), resolved) if saved.exists() else [])
+    paths = {"model": str(model) if model else None, "image_root": str(image_root) if image_root else None}
     checkpoint = open_checkpoint(model or MODEL_DIR, config.data)
     views = merged_views([find_objective(config.objective)], config)
     source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
+    prints = _fingerprints(source, held_out, checkpoint.path)
+    resolved = to_json(config) | {"data": spec, **paths, "fingerprints": prints}
+    check_config(out, resolved)
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad
     validation = None
     if held_out is not None:
         validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
         quarantined += bad
+    write_config(out, resolved)
     if quarantined:
         console.print(summarise_quarantine(quarantined))
-        write_quarantine(out / "quarantine.jsonl", quarantined)
-    steps = config.steps if config.steps is not None else max(1, round(config.epochs * len(data) / config.batch_size))
-    buckets = buckets_for([data] if validation is None else [data, validation], config.data.buckets)
+    write_quarantine(out / "quarantine.jsonl", quarantined)
+    steps = training_steps(config, len(data))
+    sets = [data] if validation is None else [data, validation]
+    buckets = buckets_for(sets, config.data.buckets)
+    console.print(describe_data(sets, buckets))
     program = build_program(checkpoint.config, config, steps)
     params, drawn = initial_params(checkpoint, config.seed)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
     state = resume(program, program.init(params, config), out)
+    unreadable = out / "unreadable.jsonl"
     if int(state.step):
         console.print(f"going on from step {int(state.step)}")
+    else:
+        unreadable.unlink(missing_ok=True)  # of a run that begins again
     make = MakeBatch(
         data,
         buckets,
         config.batch_size,
         config.micro_batches,
-        quarantine=out / "unreadable.jsonl",
+        quarantine=unreadable,
         strict=config.strict,
     )
     plan = BatchPlan([s.response for s in data.shapes], config.batch_size, config.seed, steps)
     stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
 
+    clusters = None if validation is None else image_clusters(validation)
+
     def validate(state: TrainState) -> dict[str, float]:
-        if validation is None:
+        if validation is None or clusters is None:
             return {}
-        e = evaluate(program, state, validation, buckets, batch_size=config.eval_batch_size)
-        row = cell_row(_scores(e, program, spec, "held out", config.seed, validation), np.random.default_rng(0))
+        e = evaluate(
+            program,
+            state,
+            validation,
+            buckets,
+            batch_size=config.eval_batch_size,
+            quarantine=unreadable,
+            strict=config.strict,
+        )
+        row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
         return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
 
     with make_progress(console) as progress, task(progress, config.objective, steps, keep=True) as report:
@@ -80,11 +110,27 @@ def train_run(
     final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
     for name in sorted(k for k in final if "accuracy" in k):
         console.print(f"{name}: {100 * final[name]:.1f} %")
-    return {"out": str(out), "steps": steps, "seconds": result.seconds, "final": final}
+    found = read_quarantine(unreadable)
+    if found:
+        console.print(f"unreadable while running, left out:\n{summarise_quarantine(found)}")
+    return {
+        "out": str(out),
+        "steps": steps,
+        "seconds": result.seconds,
+        "final": final,
+        "unreadable": [dataclasses.asdict(q) for q in found],
+    }
+
+
+def _fingerprints(source: GroupSource, held_out: GroupSource | None, model: Path) -> dict[str, str]:
+    """What the numbers come from beside the settings: hashes of the weights and of the data."""
+    known: dict[Path, str] = {}
+    prints = {"model": model_fingerprint(model), "train": fingerprint(source, known)}
+    return prints if held_out is None else prints | {"held_out": fingerprint(held_out, known)}
 
 
 def _scores(
-    e: Evaluation, program: Program, train_name: str, test_name: str, seed: int, data: EncodedSource
+    e: Evaluation, program: Program, train_name: str, test_name: str, seed: int, clusters: np.ndarray
 ) -> CellScores:
     own = program.objective
     return CellScores(
@@ -94,7 +140,7 @@ def _scores(
         seed=seed,
         margins=e.margins[own.scores],
         shortcut_margins=e.margins.get("proxy"),
-        clusters=image_clusters(data, e),
+        clusters=clusters[e.group],
         tie=e.tie,
         mean_reward=e.mean_reward[own.scores],
         sfc=e.sfc,
@@ -106,8 +152,11 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     if not (run / "config.json").exists():
         raise CheckpointError(f"{run} is not a run directory: it has no config.json")
     saved = json.loads((run / "config.json").read_text())
+    if "data" not in saved:
+        raise CheckpointError(f"{run} holds no run of `mmrm train`, which names its data in config.json")
     model = Path(saved.pop("model") or MODEL_DIR)
     trained_on = saved.pop("data")
+    saved = {k: v for k, v in saved.items() if k not in ("image_root", "fingerprints")}  # of the training data
     config = _from_json(TrainConfig, saved)
     checkpoint = open_checkpoint(model, config.data)
     source, quarantined = open_spec(spec, Path(), image_root)
@@ -117,9 +166,16 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     quarantined += bad
     if config.strict:
         raise_first(quarantined)
+    quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
+    write_quarantine(quarantine, quarantined)  # afresh; the evaluation adds what it cannot read
     program = build_program(checkpoint.config, config, 1)
     like = jax.eval_shape(lambda: program.init(initial_params(checkpoint, config.seed)[0], config))
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, program.shardings)
+    # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
+    like = jax.tree.map(
+        lambda s, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part),
+        program.shardings,
+        like,
+    )
     checkpoints = Checkpoints(run / "checkpoints")
     step = checkpoints.latest()
     if step is None:
@@ -127,28 +183,51 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     state = checkpoints.restore(step, like)
     checkpoints.close()
     buckets = buckets_for([data], config.data.buckets)
-    e = evaluate(program, state, data, buckets, batch_size=config.eval_batch_size, quarantine=run / "unreadable.jsonl")
+    console.print(describe_data([data], buckets))
+    e = evaluate(
+        program,
+        state,
+        data,
+        buckets,
+        batch_size=config.eval_batch_size,
+        quarantine=quarantine,
+        strict=config.strict,
+    )
     if not len(e.margins[program.objective.scores]):
         raise DataError(f"{spec} has no comparisons left to evaluate")
-    row = cell_row(_scores(e, program, trained_on, spec, config.seed, data), np.random.default_rng(0))
+    row = cell_row(_scores(e, program, trained_on, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
     if e.sfc is not None:
         counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     _print(row, console)
+    quarantined = read_quarantine(quarantine)
     if quarantined:
-        console.print(summarise_quarantine(quarantined))
+        console.print(f"{summarise_quarantine(quarantined)}\nall of them: {quarantine}")
     return {"row": row, "quarantined": [dataclasses.asdict(q) for q in quarantined]}
 
 
+def _stem(spec: str) -> str:
+    """The name of a data set as a part of a file name."""
+    name = Path(spec).name
+    return re.sub(r"[^\w.-]+", "-", name if ":" in name else Path(spec).stem).strip("-")
+
+
 def _print(row: dict[str, Any], console: Console) -> None:
-    low, high = 100 * row["accuracy_low"], 100 * row["accuracy_high"]
-    console.print(f"accuracy {100 * row['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}), n = {row['n']}")
-    if row["sfd"] is not None:
+    low, high = percent(row["accuracy_low"]), percent(row["accuracy_high"])
+    console.print(f"accuracy {percent(row['accuracy'])} % (95 % interval {low} to {high}), n = {row['n']}")
+    if row["n_shortcut_right"] is None:
+        console.print("SFD needs the text-only proxy of shortcut_aware training; this run has none")
+    elif row["sfd"] is None:
+        right, wrong = row["n_shortcut_right"], row["n_shortcut_wrong"]
+        console.print(f"SFD is undefined: the text-only model is right on {right} comparisons and wrong on {wrong}")
+    else:
         right, wrong = 100 * row["accuracy_shortcut_right"], 100 * row["accuracy_shortcut_wrong"]
         console.print(
             f"SFD {100 * row['sfd']:.1f} points: {right:.1f} % where the text-only model is right "
             f"(n = {row['n_shortcut_right']}), {wrong:.1f} % where it is wrong (n = {row['n_shortcut_wrong']})"
         )
+    if row["mean_margin"] is None:  # nothing but ties
+        return
     console.print(f"mean reward {row['mean_reward']:.3f}, mean margin {row['mean_margin']:.3f}")
     if "sfc_histogram" in row:
         console.print(f"mean SFC {row['sfc_mean']:.3f}; histogram in 20 bins: {row['sfc_histogram']['counts']}")

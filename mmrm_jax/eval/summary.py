@@ -23,6 +23,7 @@ from mmrm_jax.eval.metrics import (
     cell_tallies,
     cluster_sums,
     interval,
+    named_rng,
 )
 
 BASELINE = "standard"
@@ -72,7 +73,7 @@ def summarise(
     cells: Sequence[CellScores],
     iid: Mapping[str, str],
     *,
-    rng: np.random.Generator,
+    seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[dict[str, Any]]:
     """Means per objective and paired differences against standard training, each with a 95 % interval.
@@ -85,7 +86,7 @@ def summarise(
     Args:
       cells: one for every objective, train, test and seed.
       iid: training environment -> its own i.i.d. test.
-      rng: source of all resampling.
+      seed: of the resampling; every test set has a generator of its own, named by it.
       resamples: number of bootstrap resamples.
 
     Returns:
@@ -98,11 +99,12 @@ def summarise(
         environment without an i.i.d. test, and at margins that are not finite.
     """
     _check(cells)
-    quantities = _resample(cells, rng, resamples)
+    quantities = _resample(cells, seed, resamples)
     seeds = sorted({cell.seed for cell in cells})
     seed_weights = np.ones((resamples + 1, len(seeds)))
     if len(seeds) > 1:
-        seed_weights[1:] = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
+        draws = named_rng(seed, "seeds").multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
+        seed_weights[1:] = draws
     weights = dict(zip(seeds, seed_weights.T, strict=True))
     rows: list[dict[str, Any]] = []
     for measure, (quantity, kind) in _MEASURES.items():
@@ -132,7 +134,7 @@ def _check(cells: Sequence[CellScores]) -> None:
 
 
 def _resample(
-    cells: Sequence[CellScores], rng: np.random.Generator, resamples: int
+    cells: Sequence[CellScores], seed: int, resamples: int
 ) -> dict[str, dict[tuple[str, _Key], Float[np.ndarray, "B"]]]:
     """Accuracy and SFD of every cell under one draw of clusters per test set."""
     quantities: dict[str, dict[tuple[str, _Key], np.ndarray]] = {"accuracy": {}, "sfd": {}}
@@ -140,7 +142,7 @@ def _resample(
         members = [cell for cell in cells if cell.test == test]
         labels = np.unique(np.concatenate([cell.clusters for cell in members]))
         sums = np.stack([cluster_sums(cell_tallies(cell), cell.clusters, labels) for cell in members], axis=1)
-        totals = bootstrap_sums(sums, rng, resamples)
+        totals = bootstrap_sums(sums, named_rng(seed, "test", test), resamples)
         for i, cell in enumerate(members):
             key = (cell.objective, _Key(cell.train, cell.test, cell.seed))
             quantities["accuracy"][key], quantities["sfd"][key] = accuracy_and_sfd(totals[:, i])

@@ -7,12 +7,14 @@ on the way back. The position in the data needs no file of its own: it is the st
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mmrm_jax.config import differences
 from mmrm_jax.types import PyTree
 
 
@@ -76,12 +78,28 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def check_config(run_dir: Path, config: dict[str, Any], differences: list[str]) -> None:
-    """Write `config.json` into a new run directory; raises CheckpointError where another run's lies there."""
-    if differences:
-        shown = "\n  ".join(differences)
+def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] = ()) -> None:
+    """Raises CheckpointError where `run_dir` holds a run of another configuration; `config` is `config.to_json`'s.
+
+    Fields in `ignore` may differ.
+    """
+    file = run_dir / "config.json"
+    if not file.exists():
+        return
+    try:
+        saved = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; name another directory, or delete this one") from error
+    old, new = ({k: v for k, v in side.items() if k not in ignore} for side in (saved, config))
+    found = differences(old, new)
+    if found:
+        shown = "\n  ".join(found)
         raise CheckpointError(
             f"{run_dir} holds a run with another configuration:\n  {shown}\nname another directory, or delete this one"
         )
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """Write `config.json`, once the data have turned out to be readable: before that there is no run to hold on to."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
+from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, index_source
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.records import DataError, raise_first
@@ -41,6 +43,15 @@ def open_checkpoint(path: Path, data: DataConfig) -> Checkpoint:
     return Checkpoint(path, config, processor)
 
 
+def model_fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint folder's weights. Raises ValueError where there are none."""
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: {path} is not a checkpoint folder with weights in one file")
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def initial_params(checkpoint: Checkpoint, seed: int) -> tuple[nnx.State, list[str]]:
     """Pretrained parameters; what the checkpoint lacks (the score head) is drawn from `seed` and named."""
     return load_params(checkpoint.path, checkpoint.config, init_params(checkpoint.config, seed))
@@ -48,9 +59,9 @@ def initial_params(checkpoint: Checkpoint, seed: int) -> tuple[nnx.State, list[s
 
 def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
     """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
-    path, _, split = spec.rpartition(":") if ":" in Path(spec).name else (spec, "", "")
-    if split:
-        return open_source(root / path, split)
+    folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
+    if colon:
+        return open_source(root / Path(spec).parent / folder, split or None)
     return open_source(root / spec, image_root=image_root)
 
 
@@ -65,6 +76,16 @@ def training_sources(
         return source, None, quarantined
     train, held_out = split_holdout(source, config.data.holdout, config.data.holdout_seed)
     return train, held_out, quarantined
+
+
+def training_steps(config: TrainConfig, groups: int) -> int:
+    """`steps`, or as many as `epochs` passes over the groups take."""
+    return config.steps if config.steps is not None else max(1, round(config.epochs * groups / config.batch_size))
+
+
+def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
+    """How much there is, and how many compilations it can take."""
+    return f"{sum(map(len, sets))} groups in {len(sets)} set(s), at most {buckets.count} batch shapes"
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:

@@ -37,6 +37,12 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"llm_config.architectures is {architecture}; supported: {', '.join(ARCHITECTURES)}")
     if llm.get("rope_scaling"):
         raise ValueError(f"llm_config.rope_scaling {llm['rope_scaling']} is not supported")
+    forced = hf.get("force_image_size")
+    if forced is not None and forced != vision["image_size"]:
+        raise ValueError(
+            f"force_image_size is {forced}, vision_config.image_size {vision['image_size']}: they must be equal, since "
+            "position embeddings are not interpolated"
+        )
     heads = llm["num_attention_heads"]
     return ModelConfig(
         vision=VisionConfig(

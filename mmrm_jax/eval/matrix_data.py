@@ -1,0 +1,124 @@
+"""The data sets of a cross-distribution matrix: opened, named, fingerprinted, measured."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
+from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.pipeline import EncodedSource, buckets_for
+from mmrm_jax.data.records import raise_first
+from mmrm_jax.data.sources import GroupSource, fingerprint
+from mmrm_jax.train.program import find_objective
+from mmrm_jax.train.setup import Checkpoint, encode, merged_views, model_fingerprint, open_spec, training_sources
+from mmrm_jax.types import Quarantined
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Training and test sets by name, the i.i.d. test of each training set, and what was left out."""
+
+    train: dict[str, GroupSource]
+    test: dict[str, GroupSource]
+    iid: dict[str, str]
+    quarantined: list[Quarantined]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Encoded training and test sets by name, the buckets that cover them all, and what was left out."""
+
+    train: dict[str, EncodedSource]
+    test: dict[str, EncodedSource]
+    iid: dict[str, str]
+    buckets: Buckets
+    quarantined: list[Quarantined]
+
+
+def set_names(sets: Sequence[tuple[Environment, str]]) -> dict[str, str]:
+    """What each set (environment, specification) is called: its label, or "environment-label" where two sets share one.
+
+    Raises ValueError where even that does not tell two sets apart.
+    """
+    owners = {spec: env for env, spec in reversed(sets)}  # of several environments that have it, the first
+    shared = collections.Counter(env.label(spec) for spec, env in owners.items())
+    labels = {spec: (env.name, env.label(spec)) for spec, env in owners.items()}
+    names = {spec: label if shared[label] == 1 else f"{name}-{label}" for spec, (name, label) in labels.items()}
+    for name, count in collections.Counter(names.values()).items():
+        if count > 1:
+            same = ", ".join(spec for spec in names if names[spec] == name)
+            raise ValueError(f"{count} data sets would be called {name!r}: {same}; give their environments names")
+    return names
+
+
+def _without_holdout(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=0.0))
+
+
+def open_data(config: MatrixConfig) -> Sources:
+    """Open every set. On "validation" the held-out parts of the training sets are the test sets."""
+    quarantined: list[Quarantined] = []
+    train_sets: dict[str, GroupSource] = {}
+    test_sets: dict[str, GroupSource] = {}
+    iid: dict[str, str] = {}
+    tested = {env: env.test if config.on == "test" else env.validation or env.train for env in config.environments}
+    train_names = set_names([(env, env.train) for env in config.environments if env.train is not None])
+    test_names = set_names([(env, spec) for env, spec in tested.items() if spec is not None])
+    for env, spec in tested.items():
+        if spec is None:  # a test set alone, and on "validation"
+            continue
+        held_out = None
+        if env.train is not None:
+            settings = config.train if env.validation is None else _without_holdout(config.train)
+            source, held_out, bad = training_sources(env.train, config.root, config.image_root, settings)
+            quarantined += bad
+            train_sets[train_names[env.train]] = source
+            iid[train_names[env.train]] = test_names[spec]
+        if test_names[spec] in test_sets:
+            continue
+        if config.on == "test" or env.validation is not None:
+            source, bad = open_spec(spec, config.root, config.image_root)
+            quarantined += bad
+            if config.train.strict:
+                raise_first(bad)
+            test_sets[test_names[spec]] = source
+        elif held_out is not None:
+            test_sets[test_names[spec]] = held_out
+        else:
+            raise ValueError(f"environment {env.name} has nothing to validate on: no validation set and no hold-out")
+    if not train_sets or not test_sets:
+        raise ValueError("the matrix needs an environment with training data and a test set (or a hold-out)")
+    return Sources(train_sets, test_sets, iid, quarantined)
+
+
+def fingerprints(sources: Sources, model: Path) -> dict[str, Any]:
+    """What the numbers come from beside the settings: hashes of the weights and of every set."""
+    known: dict[Path, str] = {}
+    return {
+        "model": model_fingerprint(model),
+        "train": {name: fingerprint(source, known) for name, source in sources.train.items()},
+        "test": {name: fingerprint(source, known) for name, source in sources.test.items()},
+    }
+
+
+def load_data(config: MatrixConfig, sources: Sources, checkpoint: Checkpoint, console: Console) -> Data:
+    """Measure every set, and encode it where it is cached."""
+    views = merged_views(map(find_objective, config.objectives), config.train)
+    quarantined = list(sources.quarantined)
+
+    def encoded(sets: dict[str, GroupSource]) -> dict[str, EncodedSource]:
+        found = {}
+        for name, source in sets.items():
+            found[name], bad = encode(source, checkpoint, views, config.train, name=name, console=console)
+            quarantined.extend(bad)
+        return found
+
+    train_sets, test_sets = encoded(sources.train), encoded(sources.test)
+    buckets = buckets_for([*train_sets.values(), *test_sets.values()], config.train.data.buckets)
+    return Data(train_sets, test_sets, sources.iid, buckets, quarantined)

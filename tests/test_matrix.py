@@ -1,0 +1,158 @@
+"""The bookkeeping of the cross-distribution matrix: what runs where, in which order results come back, what ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmrm_jax.config import DataConfig, MatrixConfig, TrainConfig
+from mmrm_jax.data.pipeline import EncodedSource
+from mmrm_jax.data.sources import MemorySource
+from mmrm_jax.eval import matrix
+from mmrm_jax.eval.evaluate import Evaluation, image_clusters
+from mmrm_jax.eval.matrix import Cell, CellResult, Matrix, all_cells, check_matrix, read_cell, share_out, write_cell
+from mmrm_jax.eval.matrix_data import Data
+from mmrm_jax.eval.publish import publish
+from mmrm_jax.objectives import OBJECTIVES
+from mmrm_jax.train.checkpoint import CheckpointError
+from mmrm_jax.types import Comparison, Group, Quarantined
+
+
+def make_group(index: int, image: Path | bytes | None, prompt: str = "p") -> Group:
+    return Group(f"g{index}", prompt, ("good", "bad"), (Comparison(0, 1),), image, "e", "f", index + 1)
+
+
+def encoded(*groups: Group, kept: tuple[int, ...] | None = None) -> EncodedSource:
+    positions = tuple(range(len(groups))) if kept is None else kept
+    return EncodedSource(MemorySource(groups), None, {}, positions, (), {})  # type: ignore[arg-type]
+
+
+def evaluation(margins: list[float], tie: list[bool] | None = None) -> Evaluation:
+    n = len(margins)
+    values = np.asarray(margins, np.float32)
+    return Evaluation(
+        group=np.arange(n),
+        winner=np.zeros(n, np.int32),
+        loser=np.ones(n, np.int32),
+        tie=np.zeros(n, bool) if tie is None else np.asarray(tie),
+        margins={"primary": values, "proxy": -values},
+        sfc=np.linspace(0, 1, n),
+        mean_reward={"primary": 0.0, "proxy": 0.0},
+    )
+
+
+def test_results_come_in_one_order_and_shares_cover_them():
+    config = MatrixConfig(objectives=("standard", "shortcut_aware", "text_only", "image_only"), seeds=2)
+    cells = all_cells(config, ["b", "a"])
+    runs = [(s, o, t) for s in (0, 1) for o in ("standard", "shortcut_aware", "image_only") for t in ("b", "a")]
+    assert [(c.seed, c.objective, c.train) for c in cells] == runs
+    for jobs in (1, 2, 3, 20):
+        shares = share_out(cells, jobs)
+        assert len(shares) == jobs and shares[0]
+        assert sorted((c for share in shares for c in share), key=cells.index) == cells
+    # The costliest first: two branches each, on two processes, before the single ones of that seed.
+    assert [share[0].objective for share in share_out(cells, 2)] == ["shortcut_aware", "shortcut_aware"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jobs": 0}, "jobs is 0"),
+        ({"seeds": -1}, "seeds is -1"),
+        ({"objectives": ()}, "empty"),
+        ({"objectives": ("standard", "standard")}, "names one twice"),
+        ({"train": TrainConfig(objective="standard")}, "objective is not read"),
+        ({"train": TrainConfig(eval_every=5)}, "eval_every is not read"),
+    ],
+)
+def test_settings_that_make_no_matrix(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MatrixConfig(**settings)
+
+
+def test_unknown_objectives_and_shared_accelerators_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'x' is not known; known: standard"):
+        check_matrix(MatrixConfig(objectives=("standard", "x")))
+    check_matrix(MatrixConfig(objectives=tuple(OBJECTIVES), jobs=2))
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="same gpu: use --jobs 1"):
+        check_matrix(MatrixConfig(jobs=2))
+
+
+def test_a_cell_comes_back_as_it_was_written(tmp_path):
+    cell, left_out = Cell("shortcut_aware", "a", 0), Quarantined("f", 3, "image: broken", "g3")
+    with pytest.raises(CheckpointError, match="holds no finished run"):
+        read_cell(tmp_path, cell)
+    (tmp_path / "unreadable.jsonl").write_text(2 * (json.dumps(vars(left_out)) + "\n"))
+    write_cell(tmp_path, CellResult(cell, {"t": evaluation([1.0, -1.0])}, [{"step": 1}], 2.5, [left_out]))
+    result = read_cell(tmp_path, cell)
+    assert (result.history, result.seconds, result.unreadable) == ([{"step": 1}], 2.5, [left_out])
+    np.testing.assert_array_equal(result.evaluations["t"].margins["proxy"], [-1.0, 1.0])
+
+
+def test_clusters_are_images_whatever_their_files_are_called(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"same")
+    groups = [make_group(0, tmp_path / "a"), make_group(1, b"other"), make_group(2, tmp_path / "b")]
+    groups += [make_group(3, None, "p"), make_group(4, None, "q"), make_group(5, None, "p"), make_group(6, b"other")]
+    assert image_clusters(encoded(*groups)).tolist() == [0, 1, 0, 2, 3, 2, 1]
+    assert image_clusters(encoded(*groups, kept=(2, 4, 6, 1))).tolist() == [0, 1, 2, 2]
+
+
+def test_published_numbers_do_not_depend_on_what_else_was_run(tmp_path):
+    groups = [make_group(i, bytes([i])) for i in range(12)]
+    margins = np.random.default_rng(0).normal(0.3, 1, (2, 12))
+    tie = [i == 11 for i in range(12)]  # the tie has the highest SFC, and is no example
+
+    def results(objectives: tuple[str, ...]) -> tuple[list[dict], str]:
+        out = tmp_path / "-".join(objectives)
+        out.mkdir()
+        found = [
+            CellResult(
+                Cell(o, "a", 0),
+                {"ta": evaluation(margins[int(o == "standard")].tolist(), tie)},
+                [{"step": 1}],
+                3.0,
+                [Quarantined("f", 9, "image: broken", "g")],
+            )
+            for o in objectives
+        ]
+        data = Data({"a": encoded(*groups)}, {"ta": encoded(*groups)}, {"a": "ta"}, None, [])  # type: ignore[arg-type]
+        console = Console(quiet=True)
+        result = publish(Matrix(MatrixConfig(objectives=objectives, out=out), data, found, 1.0), console, "mmrm")
+        assert (result["training_seconds"], result["seconds"]) == (3.0 * len(objectives), 1.0)
+        assert [entry["row"] for entry in result["unreadable"]] == [9]
+        return result["rows"], (out / "report.html").read_text()
+
+    both, page = results(("standard", "shortcut_aware"))
+    swapped, _ = results(("shortcut_aware", "standard"))
+    assert both == swapped[::-1]
+    alone, _ = results(("shortcut_aware",))
+    assert alone == [r for r in both if r["objective"] == "shortcut_aware"]
+    assert "SFC <b>0.91</b>" in page and "SFC <b>1.00</b>" not in page
+
+
+def test_other_processes_end_with_the_first(monkeypatch, tmp_path):
+    config = MatrixConfig(jobs=2, out=tmp_path, train=TrainConfig(data=DataConfig(workers=0)))
+
+    def fail(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix, "run_cells", fail)
+    monkeypatch.setattr(matrix.ProcessPoolExecutor, "submit", _sleep_instead(matrix.ProcessPoolExecutor.submit))
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        shares = [[Cell("standard", "a", 0)], [Cell("standard", "b", 0)]]
+        matrix.run_shares(config, None, None, shares, Console(quiet=True))  # type: ignore[arg-type]
+    assert time.monotonic() - start < 20
+    assert not multiprocessing.active_children()
+
+
+def _sleep_instead(submit):
+    return lambda pool, function, *args: submit(pool, time.sleep, 60)

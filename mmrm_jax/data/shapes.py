@@ -350,7 +350,8 @@ def make_caption(seed: int, index: int) -> Caption:
 def make_check(seed: int, index: int) -> Caption:
     """Check `index` of a stream: a question with a right or wrong answer of any style, to be told apart: Yes or No."""
     rng = np.random.default_rng([seed, _CAPTIONS, 1, index])
-    sampled = sample_comparison(rng, "neutral")
+    # Rates of its own: its stream must not change when the world's default rates do.
+    sampled = sample_comparison(rng, "neutral", WorldRates(label_noise=0.15))
     shown = int(rng.integers(2))
     prompt = f"{sampled.prompt} {sampled.responses[shown]} Is this right?"
     return Caption(pixels=sampled.pixels, prompt=prompt, answer="Yes." if shown == sampled.right_index else "No.")

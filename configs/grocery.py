@@ -6,8 +6,8 @@ Smartphone photos and product descriptions; in `packages` and `produce` the kind
 packages, short ones of produce) predicts the label, each the other way round; in `neutral` text alone says nothing. The
 same command works on any folder with files of these names; `--env NAME=TRAIN,TEST` names others.
 
-Two CPU cores. Settings were chosen on held-out images with standard training on `train` alone: one seed, 700 steps and an
-earlier packaged model gave accuracies of .956 on train, .779 on train_produce and .756 on train_neutral, held out.
+Two CPU cores. Settings were chosen on held-out images with standard training on `train` alone: one seed, 700 steps and
+an earlier packaged model gave accuracies of .956 on train, .779 on train_produce and .756 on train_neutral, held out.
 The full table has not been measured yet: see "Known gaps" in CHANGELOG.md.
 """
 

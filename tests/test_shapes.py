@@ -146,8 +146,8 @@ def test_styles_worked_out():
     assert "I am not entirely sure, but I think the shape is red." in hedged
     assert "The shape is, if I am not mistaken, red." in hedged and len(hedged) == 8
     long = {shapes.style_answer("The shape is| red.", "long", rng) for _ in range(2000)}
-    assert "The shape is red, as anyone can see when looking at the whole scene." in long
-    assert len(long) == 8 + 8 * 7 and not any("|" in text for text in long | hedged)
+    assert "The shape is red, as anyone can see in the scene." in long
+    assert len(long) == 8 and not any("|" in text for text in long | hedged)
 
 
 # --- rates and cues
@@ -155,7 +155,7 @@ def test_styles_worked_out():
 
 def test_label_noise_cue_agreement_and_order(sampled):
     for environment, rows in sampled.items():
-        _assert_rate([s.label_is_right for s in rows], 0.85)
+        _assert_rate([s.label_is_right for s in rows], 0.9)
         _assert_rate([s.right_index == 0 for s in rows], 0.5)
         _assert_rate([s.winner == 0 for s in rows], 0.5)
         if environment != "neutral":

@@ -17,7 +17,7 @@ CONFIG = MatrixConfig(
     train=TrainConfig(
         batch_size=64,
         steps=600,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.05),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.05),
         data=DataConfig(holdout=0.0),
     ),
 )

@@ -201,7 +201,7 @@ class MatrixConfig:
         objectives: Objectives to compare. text_only costs no run beside shortcut_aware: it is its proxy, which shares
             one global-norm clip with the primary: text-only training up to clipping.
         seeds: Runs per cell. More of them can be added to a finished matrix later.
-        jobs: Processes that share the runs; 2 use two cores better than 1 where models are tiny.
+        jobs: Processes that share the runs, on CPU.
         on: test uses the test sets; validation what was held out of the training sets, for making choices.
         out: Run directory. A matrix that was interrupted goes on where it stopped.
         train: Settings of every run, without objective and eval_every: `objectives` says what is compared, and each

@@ -323,7 +323,8 @@ def test_tokenizer_needs_few_tokens_a_word(tokenizer):
 
 
 def test_saved_tokenizer_loads_in_transformers(tokenizer, tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
+    import transformers  # slow to import
+
     from mmrm_jax.tiny.tokenizer import save_tokenizer
 
     save_tokenizer(tokenizer, tmp_path)

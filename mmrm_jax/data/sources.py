@@ -119,22 +119,25 @@ def _dataset_directory(path: Path) -> Path:
 
 
 def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[ViewSource, ViewSource]:
-    """(train, validation): a random `fraction` of the images, with every group that shows them, is held out.
+    """(train, validation): about `fraction` of the images, with every group that shows them, is held out.
 
     Groups belong together when their encoded images are the same bytes, whatever the file's name, or, without an
-    image, when their prompts are the same. The choice depends on these and on `seed` alone, not on the order of rows
-    nor on where files lie. At least one image lands on each side, unless `fraction` is 0, which holds nothing out.
-    Raises DataError where that is impossible or an image cannot be read, ValueError for a fraction outside [0, 1).
+    image, when their prompts are the same. Each image is drawn by a hash of its bytes and `seed`, so that one held out
+    of a file is held out of every file. At least one lands on each side, unless `fraction` is 0, which holds nothing
+    out: where the draw leaves a side empty, the image nearest to it changes over. Raises DataError where that is
+    impossible or an image cannot be read, ValueError for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
     known: dict[Path, str] = {}
     identities = [group_identity(source[index], known) for index in range(len(source))]
-    distinct = sorted(set(identities), key=lambda identity: _digest(f"{seed}:{identity}".encode()))
-    if fraction > 0 and len(distinct) < 2:
+    draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(identities)}
+    order = sorted(draws, key=lambda identity: draws[identity])
+    if fraction > 0 and len(order) < 2:
         raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set the fraction to 0")
-    count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1) if fraction > 0 else 0
-    held_out = set(distinct[:count])
+    drawn = sum(draw < fraction for draw in draws.values())
+    count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
+    held_out = set(order[:count])
     train = tuple(index for index, identity in enumerate(identities) if identity not in held_out)
     validation = tuple(index for index, identity in enumerate(identities) if identity in held_out)
     return ViewSource(source, train), ViewSource(source, validation)
@@ -177,3 +180,8 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _draw(data: bytes) -> float:
+    """A number in [0, 1) that `data` alone decides."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48

@@ -16,7 +16,6 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import MatrixConfig, TrainConfig, to_json
-from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches
 from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data
@@ -31,6 +30,7 @@ from mmrm_jax.train.setup import (
     describe_data,
     initial_params,
     open_checkpoint,
+    training_batches,
     training_steps,
 )
 from mmrm_jax.types import Quarantined
@@ -206,22 +206,13 @@ def run_cell(
 ) -> CellResult:
     """Train one model and evaluate it on every test set."""
     source = data.train[cell.train]
-    plan = BatchPlan([s.response for s in source.shapes], config.batch_size, config.seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
     quarantine = folder / "unreadable.jsonl"
-    make = MakeBatch(
-        source,
-        data.buckets,
-        config.batch_size,
-        config.micro_batches,
-        quarantine=quarantine,
-        strict=config.strict,
-    )
     params, _ = initial_params(checkpoint, config.seed)
     state = resume(program, program.init(params, config), folder)
     if not int(state.step):
         quarantine.unlink(missing_ok=True)  # of a run that begins again
-    stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
+    stream = training_batches(source, data.buckets, config, steps, start=int(state.step), quarantine=quarantine)
     result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
     evaluations = {
         name: evaluate(

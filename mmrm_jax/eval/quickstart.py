@@ -12,11 +12,10 @@ from mmrm_jax.data.tfds.shapes_world import build_shapes_world
 # The rates of the world are documented in `data.shapes`; these settings were chosen on the validation split.
 CONFIG = MatrixConfig(
     out=Path("runs/quickstart"),
-    jobs=2,
     title="Shapes world: what shortcut-aware training changes",
     train=TrainConfig(
         batch_size=64,
-        steps=600,
+        steps=500,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.05),
         data=DataConfig(holdout=0.0),
     ),

@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import TrainConfig, to_json
-from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches, buckets_for
+from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.records import DataError, raise_first, read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
@@ -26,6 +27,7 @@ from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
+    Checkpoint,
     describe_data,
     encode,
     initial_params,
@@ -33,16 +35,27 @@ from mmrm_jax.train.setup import (
     model_fingerprint,
     open_checkpoint,
     open_spec,
+    training_batches,
     training_sources,
     training_steps,
 )
 from mmrm_jax.train.state import TrainState
 
 
-def train_run(
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a run is trained on: the checkpoint it starts from, its data and the held-out part, encoded."""
+
+    checkpoint: Checkpoint
+    train: EncodedSource
+    validation: EncodedSource | None
+    buckets: Buckets
+
+
+def open_run(
     config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
-) -> dict[str, Any]:
-    """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` where there is one.
+) -> Opened:
+    """Open the model and the data of a run; report what cannot be used; write the run's configuration to `out`.
 
     Raises CheckpointError where `out` holds a run of another configuration.
     """
@@ -63,12 +76,23 @@ def train_run(
     if quarantined:
         console.print(summarise_quarantine(quarantined))
     write_quarantine(out / "quarantine.jsonl", quarantined)
-    steps = training_steps(config, len(data))
     sets = [data] if validation is None else [data, validation]
     buckets = buckets_for(sets, config.data.buckets)
     console.print(describe_data(sets, buckets))
-    program = build_program(checkpoint.config, config, steps)
-    params, drawn = initial_params(checkpoint, config.seed)
+    return Opened(checkpoint, data, validation, buckets)
+
+
+def train_run(
+    config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
+) -> dict[str, Any]:
+    """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` where there is one.
+
+    Raises CheckpointError where `out` holds a run of another configuration.
+    """
+    run = open_run(config, spec, out, model, image_root, console)
+    steps = training_steps(config, len(run.train))
+    program = build_program(run.checkpoint.config, config, steps)
+    params, drawn = initial_params(run.checkpoint, config.seed)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
     state = resume(program, program.init(params, config), out)
@@ -77,27 +101,17 @@ def train_run(
         console.print(f"going on from step {int(state.step)}")
     else:
         unreadable.unlink(missing_ok=True)  # of a run that begins again
-    make = MakeBatch(
-        data,
-        buckets,
-        config.batch_size,
-        config.micro_batches,
-        quarantine=unreadable,
-        strict=config.strict,
-    )
-    plan = BatchPlan([s.response for s in data.shapes], config.batch_size, config.seed, steps)
-    stream = batches(plan, make, start=int(state.step), workers=config.data.workers)
-
-    clusters = None if validation is None else image_clusters(validation)
+    stream = training_batches(run.train, run.buckets, config, steps, start=int(state.step), quarantine=unreadable)
+    clusters = None if run.validation is None else image_clusters(run.validation)
 
     def validate(state: TrainState) -> dict[str, float]:
-        if validation is None or clusters is None:
+        if run.validation is None or clusters is None:
             return {}
         e = evaluate(
             program,
             state,
-            validation,
-            buckets,
+            run.validation,
+            run.buckets,
             batch_size=config.eval_batch_size,
             quarantine=unreadable,
             strict=config.strict,

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
 from mmrm_jax.data.batching import Buckets
-from mmrm_jax.data.pipeline import EncodedSource, index_source
+from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, index_source
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
@@ -22,7 +22,7 @@ from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.objectives import Objective
 from mmrm_jax.train.state import init_params
-from mmrm_jax.types import Quarantined
+from mmrm_jax.types import Batch, Quarantined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,17 @@ def training_sources(
 def training_steps(config: TrainConfig, groups: int) -> int:
     """`steps`, or as many as `epochs` passes over the groups take."""
     return config.steps if config.steps is not None else max(1, round(config.epochs * groups / config.batch_size))
+
+
+def training_batches(
+    data: EncodedSource, buckets: Buckets, config: TrainConfig, steps: int, *, start: int, quarantine: Path
+) -> Iterable[Batch]:
+    """The batches of steps `start`, `start` + 1, ..., `steps` - 1; what cannot be read is added to `quarantine`."""
+    plan = BatchPlan([s.response for s in data.shapes], config.batch_size, config.seed, steps)
+    make = MakeBatch(
+        data, buckets, config.batch_size, config.micro_batches, quarantine=quarantine, strict=config.strict
+    )
+    return batches(plan, make, start=start, workers=config.data.workers)
 
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:

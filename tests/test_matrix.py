@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -138,21 +139,41 @@ def test_published_numbers_do_not_depend_on_what_else_was_run(tmp_path):
     assert "SFC <b>0.91</b>" in page and "SFC <b>1.00</b>" not in page
 
 
+SHARES = [[Cell("standard", "a", 0)], [Cell("standard", "b", 0)]]
+
+
 def test_other_processes_end_with_the_first(monkeypatch, tmp_path):
     config = MatrixConfig(jobs=2, out=tmp_path, train=TrainConfig(data=DataConfig(workers=0)))
 
-    def fail(*args) -> None:
+    def fail(*args, after_cell) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(matrix, "run_cells", fail)
-    monkeypatch.setattr(matrix.ProcessPoolExecutor, "submit", _sleep_instead(matrix.ProcessPoolExecutor.submit))
+    monkeypatch.setattr(matrix.ProcessPoolExecutor, "submit", _instead(matrix.ProcessPoolExecutor, time.sleep, 60))
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        shares = [[Cell("standard", "a", 0)], [Cell("standard", "b", 0)]]
-        matrix.run_shares(config, None, None, shares, Console(quiet=True))  # type: ignore[arg-type]
+        matrix.run_shares(config, None, None, SHARES, Console(quiet=True))  # type: ignore[arg-type]
     assert time.monotonic() - start < 20
     assert not multiprocessing.active_children()
 
 
-def _sleep_instead(submit):
-    return lambda pool, function, *args: submit(pool, time.sleep, 60)
+def test_the_first_process_ends_with_another_that_fails(monkeypatch, tmp_path):
+    config = MatrixConfig(jobs=2, out=tmp_path, train=TrainConfig(data=DataConfig(workers=0)))
+
+    def cells_for_a_minute(*args, after_cell) -> None:
+        for _ in range(600):
+            time.sleep(0.1)
+            after_cell()
+
+    monkeypatch.setattr(matrix, "run_cells", cells_for_a_minute)
+    monkeypatch.setattr(matrix.ProcessPoolExecutor, "submit", _instead(matrix.ProcessPoolExecutor, int, "no number"))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no number"):
+        matrix.run_shares(config, None, None, SHARES, Console(quiet=True))  # type: ignore[arg-type]
+    assert time.monotonic() - start < 20
+
+
+def _instead(pool: type, function: Callable, argument: object) -> Callable:
+    """A `submit` that calls `function(argument)`, whatever it is given."""
+    submit = pool.submit
+    return lambda self, *args: submit(self, function, argument)

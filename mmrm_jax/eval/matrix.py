@@ -152,8 +152,14 @@ def run_shares(
     with ProcessPoolExecutor(len(others), get_context("spawn")) as pool:
         futures = [pool.submit(run_share, config, share) for share in others]
         workers = [process for process in active_children() if process not in before]
+
+        def raise_failures() -> None:
+            for future in futures:
+                if future.done():
+                    future.result()
+
         try:
-            run_cells(config, checkpoint, data, shares[0], console)
+            run_cells(config, checkpoint, data, shares[0], console, after_cell=raise_failures)
             for future in futures:
                 future.result()
         except BaseException:  # an interrupt too
@@ -172,7 +178,12 @@ def run_share(config: MatrixConfig, cells: Sequence[Cell]) -> None:
 
 
 def run_cells(
-    config: MatrixConfig, checkpoint: Checkpoint, data: Data, cells: Sequence[Cell], console: Console
+    config: MatrixConfig,
+    checkpoint: Checkpoint,
+    data: Data,
+    cells: Sequence[Cell],
+    console: Console,
+    after_cell: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the cells that are not finished yet, with progress; compilations are shared where steps are equal."""
     programs: dict[tuple[str, int], Program] = {}
@@ -192,6 +203,7 @@ def run_cells(
                     result = run_cell(cell, programs[key], checkpoint, data, settings, steps, folder, report)
                 write_cell(folder, result)
             progress.advance(overall)
+            after_cell()
 
 
 def run_cell(

@@ -66,6 +66,10 @@ class Buckets:
         sizes = [len(s) for s in (*self.prefixes.values(), self.response, self.responses, self.tiles)]
         return int(np.prod(sizes))
 
+    def padded_response(self, shape: GroupShape) -> int:
+        """The length that a group's responses are padded to. Raises ValueError where no bucket is large enough."""
+        return _smallest(self.response, shape.response)
+
 
 def _sizes(values: Sequence[int], k: int, multiple: int) -> tuple[int, ...]:
     """Up to k ascending sizes that cover all values: their quantiles, rounded up."""

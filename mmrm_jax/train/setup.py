@@ -86,8 +86,12 @@ def training_steps(config: TrainConfig, groups: int) -> int:
 def training_batches(
     data: EncodedSource, buckets: Buckets, config: TrainConfig, steps: int, *, start: int, quarantine: Path
 ) -> Iterable[Batch]:
-    """The batches of steps `start`, `start` + 1, ..., `steps` - 1; what cannot be read is added to `quarantine`."""
-    plan = BatchPlan([s.response for s in data.shapes], config.batch_size, config.seed, steps)
+    """The batches of steps `start`, `start` + 1, ..., `steps` - 1; what cannot be read is added to `quarantine`.
+
+    Groups are brought together by the length they are padded to, not by their own: where few texts make up a data set,
+    the exact length would give batches of one and the same text.
+    """
+    plan = BatchPlan([buckets.padded_response(s) for s in data.shapes], config.batch_size, config.seed, steps)
     make = MakeBatch(
         data, buckets, config.batch_size, config.micro_batches, quarantine=quarantine, strict=config.strict
     )

@@ -99,9 +99,9 @@ def index_source(
 class BatchPlan:
     """Step -> positions of its groups: epochs shuffled by (seed, epoch), then sorted by length within windows.
 
-    `lengths` are what the groups' responses are padded to. Steps run on across epochs, and a window is at most one epoch, so
-    over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or up; at any
-    step before that, two groups' counts differ by 2 at most.
+    `lengths` are what the groups' responses are padded to. Steps run on across epochs, and a window is at most one
+    epoch, so over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or up;
+    at any step before that, two groups' counts differ by 2 at most.
     """
 
     lengths: Sequence[int]

@@ -44,6 +44,21 @@ def response_attention(
 
     Equal to causal attention over the concatenation [prefix, response], without N copies of the prefix.
     """
+    arguments = (q, k, v, prefix_k, prefix_v, prefix_lengths)
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return _response_attention(*arguments)
+    # One group's scores fit into a CPU's cache: up to twice as fast as all groups at once.
+    return jax.lax.map(lambda group: _response_attention(*(x[None] for x in group))[0], arguments)
+
+
+def _response_attention(
+    q: Float[Array, "G N R H E"],
+    k: Float[Array, "G N R K E"],
+    v: Float[Array, "G N R K E"],
+    prefix_k: Float[Array, "G P K E"],
+    prefix_v: Float[Array, "G P K E"],
+    prefix_lengths: Int[Array, " G"],
+) -> Float[Array, "G N R H E"]:
     groups, n, r, heads, width = q.shape
     kv_heads, p = k.shape[3], prefix_k.shape[1]
     q = (q * width**-0.5).reshape(groups, n, r, kv_heads, heads // kv_heads, width)
@@ -53,7 +68,11 @@ def response_attention(
     low = jnp.finfo(jnp.float32).min
     to_prefix = jnp.where(seen[:, None, None, None, None, :], to_prefix, low)
     to_self = jnp.where(jnp.tril(jnp.ones((r, r), bool))[None, None, None, None], to_self, low)
-    weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_self], axis=-1), axis=-1).astype(v.dtype)
-    out = jnp.einsum("gknjrp,gpke->gnrkje", weights[..., :p], prefix_v)
-    out = out + jnp.einsum("gknjrs,gnske->gnrkje", weights[..., p:], v)
-    return out.reshape(groups, n, r, heads, width)
+    # The softmax over both is divided by its sum after the values are weighted, where there is less to divide.
+    highest = jnp.maximum(jnp.max(to_prefix, axis=-1), jnp.max(to_self, axis=-1))[..., None]
+    to_prefix, to_self = (jnp.exp(x - jax.lax.stop_gradient(highest)) for x in (to_prefix, to_self))
+    total = jnp.sum(to_prefix, axis=-1) + jnp.sum(to_self, axis=-1)
+    out = jnp.einsum("gknjrp,gpke->gnrkje", to_prefix.astype(v.dtype), prefix_v, preferred_element_type=jnp.float32)
+    out = out + jnp.einsum("gknjrs,gnske->gnrkje", to_self.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / total.transpose(0, 2, 4, 1, 3)[..., None]
+    return out.astype(v.dtype).reshape(groups, n, r, heads, width)

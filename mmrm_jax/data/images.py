@@ -38,7 +38,8 @@ class Preprocessing:
 
     With `dynamic` the image is cut into the grid of `min_tiles` to `max_tiles` tiles whose aspect ratio is closest to
     its own, and `use_thumbnail` appends the whole image as a last tile where the grid has more than one. Without
-    `dynamic` the whole image is the one tile.
+    `dynamic` the whole image is the one tile. The model normalises RGB values in 0..1 with `mean` and `std`, by default
+    ImageNet's, as InternVL was trained.
     """
 
     image_size: int = 448
@@ -46,6 +47,8 @@ class Preprocessing:
     max_tiles: int = 6
     use_thumbnail: bool = True
     dynamic: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -55,6 +58,8 @@ class Preprocessing:
                 "Preprocessing needs 1 <= min_tiles <= max_tiles, "
                 f"not min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
             )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"Preprocessing needs three means and three positive stds, not {self.mean} and {self.std}")
 
 
 def image_size(image: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -38,9 +38,9 @@ def test_prompt_strings_are_the_authors(folder: Path) -> None:
 @every_set
 def test_constants_are_the_authors(folder: Path) -> None:
     constants = json.loads((folder / "constants.json").read_text())
-    assert templates.IMAGE_START == constants["IMG_START"]
-    assert templates.IMAGE_END == constants["IMG_END"]
-    assert templates.IMAGE_CONTEXT == constants["IMG_CONTEXT"]
+    assert constants["IMG_START"] == templates.IMAGE_START
+    assert constants["IMG_END"] == templates.IMAGE_END
+    assert constants["IMG_CONTEXT"] == templates.IMAGE_CONTEXT
     assert [list(Preprocessing.mean), list(Preprocessing.std)] == constants["imagenet"]
 
 

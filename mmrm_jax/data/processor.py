@@ -114,16 +114,16 @@ def read_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing
     if config.get("pad2square"):
         raise ValueError(f"{file}: pad2square is not supported; set it to false")
     try:
-        preprocessing = Preprocessing(
+        return Preprocessing(
             image_size=_integer(config.get("force_image_size") or config["vision_config"]["image_size"]),
             min_tiles=_integer(config.get("min_dynamic_patch", 1)),
             max_tiles=_integer(config.get("max_dynamic_patch", 6)),
             use_thumbnail=bool(config.get("use_thumbnail", True)),
             dynamic=bool(config.get("dynamic_image_size", True)),
+            **normalisation,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: size or tiling of images cannot be read: {error!r}") from error
-    return dataclasses.replace(preprocessing, **normalisation)
+        raise ValueError(f"{file}: how images are prepared cannot be read: {error!r}") from error
 
 
 def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing:
@@ -137,20 +137,21 @@ def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocess
         file = path / "preprocessor_config.json"
         image = read_object(file)
     try:
+        normalisation = _normalisation(file, {name: image[name] for name in ("image_mean", "image_std")})
         height, width = image["size"]["height"], image["size"]["width"]
         if height != width:
             raise ValueError(f"size is {height} x {width}, but tiles must be square")
-        preprocessing = Preprocessing(
+        return Preprocessing(
             image_size=_integer(height),
             min_tiles=_integer(image.get("min_patches", 1)),
             max_tiles=_integer(image.get("max_patches", 12)),
+            **normalisation,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: size or tiling of images cannot be read: {error!r}") from error
-    return dataclasses.replace(preprocessing, **_normalisation(file, image))
+        raise ValueError(f"{file}: how images are prepared cannot be read: {error!r}") from error
 
 
-def _normalisation(file: Path, image: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+def _normalisation(file: Path, image: Mapping[str, Any]) -> dict[str, Any]:
     """`image_mean` and `image_std`, as far as the file has them."""
     found = {}
     for name, ours in (("image_mean", "mean"), ("image_std", "std")):

@@ -179,11 +179,11 @@ CHAT = {"template": "chatml", "vision_config": {"image_size": 28}}
         ({"config": CHAT, SAVED[:-5]: {"template": "chatml"}}, rf"{SAVED} cannot be read: KeyError"),
         ({"config": {"text_config": {}}}, r"preprocessor_config.json does not exist"),
         (
-            {"config": {"text_config": {}}, "preprocessor_config": {"size": 448}},
+            {"config": {"text_config": {}}, "preprocessor_config": IMAGE | {"size": 448}},
             r"preprocessor_config.json: how images",
         ),
         (
-            {"config": {"text_config": {}}, "preprocessor_config": {"size": {"height": 28, "width": 56}}},
+            {"config": {"text_config": {}}, "preprocessor_config": IMAGE | {"size": {"height": 28, "width": 56}}},
             r"preprocessor_config.json: how images are prepared .*28 x 56, but tiles must be square",
         ),
         (  # transformers would take CLIP's; nothing is assumed

@@ -9,8 +9,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
+from goldens import fixtures
 from PIL import Image
 
 from mmrm_jax.data.images import (
@@ -24,10 +24,48 @@ from mmrm_jax.data.images import (
     tile_image,
 )
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "A_preproc"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="golden data (shared/goldens/A_preproc) is not here")
-PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+every_set = pytest.mark.parametrize(
+    "folder", fixtures("preproc", "expected.json", "grid_table.json", "tiles_uint8.npz", "pixel_values_f32.npz")
+)
+
+
+def pictures(folder: Path) -> dict[str, dict]:
+    """What is expected of each picture of a set, by its name; other entries begin with an underscore."""
+    entries = json.loads((folder / "expected.json").read_text())
+    return {name: entry for name, entry in entries.items() if not name.startswith("_")}
+
+
+# mean and std of the settings that normalise otherwise
+NORMALISATION = {
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def case_preprocessing(case: str) -> Preprocessing | None:
+    """`S56_max6_thumb1`, `S56_min4_max6_thumb1`, `S56_nodynamic` or `S56_clip` as settings.
+
+    None for padding to a square, which is refused when a checkpoint asks for it.
+    """
+    size, *rest = case.split("_")
+    side = int(size.removeprefix("S"))
+    if rest == ["pad2square"]:
+        return None
+    if rest[0] in ("nodynamic", *NORMALISATION):
+        mean, std = NORMALISATION.get(rest[0], (Preprocessing.mean, Preprocessing.std))
+        return Preprocessing(side, dynamic=False, mean=mean, std=std)
+    options = {part.rstrip("0123456789"): int(part.lstrip("minaxthub")) for part in rest}
+    return Preprocessing(side, options.get("min", 1), options["max"], bool(options["thumb"]))
+
+
+def normalised(tiles: np.ndarray, p: Preprocessing) -> np.ndarray:
+    """[T, 3, S, S] float32, with the operations that the model does on a batch."""
+    values = (tiles.astype(np.float32) / np.float32(255) - np.float32(p.mean)) / np.float32(p.std)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -52,63 +90,66 @@ def one_bit_png(width: int, height: int) -> bytes:
     )
 
 
-@needs_goldens
-def test_grids_equal_the_goldens():
-    for width, height, *grids in json.loads((GOLDENS / "grid_table.json").read_text()):
+@every_set
+def test_grids_equal_the_goldens(folder):
+    for width, height, *grids in json.loads((folder / "grid_table.json").read_text()):
         for max_tiles, grid in zip((1, 2, 4, 6, 12, 24), grids, strict=True):
             assert tile_grid(width, height, Preprocessing(448, 1, max_tiles)) == tuple(grid), (width, height, max_tiles)
 
 
-@needs_goldens
-@pytest.mark.parametrize(
-    "name", ["wide2x1", "tall1x2", "square", "tiny", "pano", "photo4x3", "strip", "rgba3x2", "grayL", "pal"]
-)
-def test_tiles_equal_the_goldens(name):
-    expected = json.loads((GOLDENS / "expected.json").read_text())[name]
-    image = load_image(GOLDENS / expected["file"])
-    assert [*image.size] == expected["size"] == [*image_size(GOLDENS / expected["file"])]
-    assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == expected["rgb_sha256"]
+@every_set
+def test_tiles_equal_the_goldens(folder):
+    """Every picture and setting, bit for bit, before and after normalisation, whatever Pillow is installed."""
     checked = 0
-    for case, want in expected["cases"].items():
-        if "uint8_sha256" not in want:
-            continue
-        size, most, thumbnail = (int(part.lstrip("Smaxthub")) for part in case.split("_"))
-        preprocessing = Preprocessing(size, 1, most, bool(thumbnail))
-        tiles = tile_image(image, preprocessing)
-        assert tiles.shape == (want["n_tiles"], size, size, 3) and tiles.dtype == np.uint8
-        assert tile_count(*image.size, preprocessing) == want["n_tiles"]
-        assert tile_grid(*image.size, preprocessing) == tuple(want["grid_wh"])
-        checksum = want.get("uint8_sha256_pillow13", want["uint8_sha256"]) if PILLOW_13 else want["uint8_sha256"]
-        assert hashlib.sha256(tiles.tobytes()).hexdigest() == checksum, case
-        checked += 1
-    assert checked == 12
+    for name, expected in pictures(folder).items():
+        image = load_image(folder / expected["file"])
+        assert [*image.size] == expected["size"] == [*image_size(folder / expected["file"])]
+        assert sha256(np.asarray(image)) == expected["rgb_sha256"]
+        for case, want in expected["cases"].items():
+            p = case_preprocessing(case)
+            if p is None:
+                continue
+            tiles = tile_image(image, p)
+            side = p.image_size
+            assert tiles.shape == (want.get("n_tiles", 1), side, side, 3) and tiles.dtype == np.uint8, (name, case)
+            assert tile_count(*image.size, p) == len(tiles)
+            if "grid_wh" in want:
+                assert tile_grid(*image.size, p) == tuple(want["grid_wh"])
+            if "uint8_sha256" in want:
+                assert sha256(tiles) == want["uint8_sha256"], (name, case)
+            if "float32_sha256" in want:
+                assert sha256(normalised(tiles, p)) == want["float32_sha256"], (name, case)
+            checked += 1
+    assert checked > 0
 
 
-@needs_goldens
-@pytest.mark.parametrize("name", ["wide2x1", "square", "pano", "photo4x3"])  # wide: the same in every Pillow
-def test_min_tiles_and_static_equal_the_goldens_after_normalisation(name):
-    expected = json.loads((GOLDENS / "expected.json").read_text())[name]
-    image = load_image(GOLDENS / expected["file"])
-    for case, preprocessing in {
-        "S56_min4_max6_thumb1": Preprocessing(56, 4, 6),
-        "S448_min4_max6_thumb1": Preprocessing(448, 4, 6),
-        "S56_nodynamic": Preprocessing(56, dynamic=False),
-    }.items():
-        tiles = tile_image(image, preprocessing)
-        want = expected["cases"][case]
-        assert len(tiles) == want.get("n_tiles", 1) == tile_count(*image.size, preprocessing)
-        normalised = (tiles.astype(np.float32) / np.float32(255) - MEAN) / STD
-        assert abs(normalised.mean(dtype=np.float64) - want.get("mean", normalised.mean(dtype=np.float64))) < 1e-6
-        channels_first = np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
-        assert hashlib.sha256(channels_first.tobytes()).hexdigest() == want["float32_sha256"], case
+@every_set
+def test_arrays_equal_the_goldens(folder):
+    """What the checksums stand for, so that a difference can be seen."""
+    for key, want in np.load(folder / "tiles_uint8.npz").items():
+        name, case, _ = key.split(".")
+        image = load_image(folder / "images" / f"{name}.png")
+        tiles = tile_image(image, case_preprocessing(case))
+        np.testing.assert_array_equal(tiles if want.ndim == 4 else tiles[0], want)
+    for key, want in np.load(folder / "pixel_values_f32.npz").items():
+        name, case, _ = key.split(".")
+        p = case_preprocessing(case)
+        np.testing.assert_array_equal(normalised(tile_image(load_image(folder / "images" / f"{name}.png"), p), p), want)
 
 
-@needs_goldens
-def test_tile_order_equals_the_golden_arrays():
-    arrays = np.load(GOLDENS / "tiles_uint8.npz")
-    for name in ("wide2x1", "square", "pano", "photo4x3", "rgba3x2"):
-        tiles = tile_image(load_image(GOLDENS / "images" / f"{name}.png"), Preprocessing(56))
-        np.testing.assert_array_equal(tiles, arrays[f"{name}.S56_max6_thumb1.uint8"])
+@every_set
+def test_a_white_proxy_tile_equals_the_golden(folder):
+    white = json.loads((folder / "expected.json").read_text())["_white_fake"]
+    values = normalised(blank_tile(448), Preprocessing())
+    np.testing.assert_array_equal(values[0, :, 0, 0], np.float32(white["values_per_channel"]))
+    assert sha256(values) == white["float32_sha256"]
+
+
+def test_tall_images_are_resized_as_wide_ones():
+    """Rows before columns for both, in every Pillow: the tiles of an image are not those of its transpose, turned."""
+    image = noise(7, 300)
+    wide_first = image.resize((16, 300), Image.Resampling.BICUBIC).resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(tile_image(image, Preprocessing(16, max_tiles=1))[0], np.asarray(wide_first))
 
 
 def test_grid_by_hand():

@@ -71,10 +71,12 @@ def test_without_an_image_the_multimodal_view_is_the_absent_one(chat):
 def test_the_image_stands_where_the_prompt_says(chat):
     cases = {
         "<image>\nwhat is this ?": ("user\n", "<img>", V, "</img>", "\nwhat is this ?"),
-        "look at <image> and tell": ("user\nlook at ", "<img>", V, "</img>", " and tell"),
-        "tell me : <image>": ("user\ntell me : ", "<img>", V, "</img>"),
+        "look\n<image>\nand tell": ("user\nlook\n", "<img>", V, "</img>", "\nand tell"),
+        "tell me :\n<image>": ("user\ntell me :\n", "<img>", V, "</img>"),
         # Only the first one is a slot: there is one image.
-        "<image> or <image> ?": ("user\n", "<img>", V, "</img>", " or <image> ?"),
+        "<image> or\n<image>": ("user\n", "<img>", V, "</img>", " or\n<image>"),
+        # Within a line it is a text about images, as for the authors.
+        "is <image> a tag ?": ("user\n", "<img>", V, "</img>", "\nis <image> a tag ?"),
     }
     for prompt, head in cases.items():
         c = chat.conversation(prompt, "a circle", 1, "multimodal")
@@ -82,8 +84,8 @@ def test_the_image_stands_where_the_prompt_says(chat):
         slots = c.tokens == chat.tokenizer.token_to_id("<IMG_CONTEXT>")
         assert c.visual[slots].tolist() == list(range(V))
         assert (c.visual[~slots] == -1).all()
-    absent = chat.conversation("look at <image> and tell", "a", 1, "absent")
-    assert absent.tokens.tolist() == turns(chat, ("user\nlook at  and tell",), "a")
+    absent = chat.conversation("look\n<image>\nand tell", "a", 1, "absent")
+    assert absent.tokens.tolist() == turns(chat, ("user\nlook\n\nand tell",), "a")
 
 
 def test_adjacent_texts_are_joined_before_they_are_tokenised():

@@ -1,7 +1,7 @@
 """Encoded images to uint8 tiles: safe decoding and InternVL's dynamic tiling.
 
-The tiles equal those of the authors' preprocessing byte for byte, as far as Pillow's versions agree: from 13 on it
-resizes tall images differently from 12 and before. Normalisation is left to the model: a batch travels as uint8.
+The tiles equal those of the authors' preprocessing byte for byte. Normalisation is left to the model: a batch travels
+as uint8.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Preprocessing:
 
     With `dynamic` the image is cut into the grid of `min_tiles` to `max_tiles` tiles whose aspect ratio is closest to
     its own, and `use_thumbnail` appends the whole image as a last tile where the grid has more than one. Without
-    `dynamic` the whole image is the one tile.
+    `dynamic` the whole image is the one tile. The model normalises RGB values in 0..1 with `mean` and `std`, by default
+    ImageNet's, as InternVL was trained.
     """
 
     image_size: int = 448
@@ -46,6 +47,8 @@ class Preprocessing:
     max_tiles: int = 6
     use_thumbnail: bool = True
     dynamic: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -55,6 +58,8 @@ class Preprocessing:
                 "Preprocessing needs 1 <= min_tiles <= max_tiles, "
                 f"not min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
             )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"Preprocessing needs three means and three positive stds, not {self.mean} and {self.std}")
 
 
 def image_size(image: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -147,12 +152,23 @@ def tile_image(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
     """Cut an RGB image into its tiles, row by row from the top left, the thumbnail last; uint8, S = `image_size`."""
     side = preprocessing.image_size
     columns, rows = tile_grid(image.width, image.height, preprocessing)
-    resized = np.asarray(image.resize((side * columns, side * rows), Image.Resampling.BICUBIC))
+    resized = np.asarray(_resize(image, side * columns, side * rows))
     tiles = resized.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(rows * columns, side, side, 3)
     if preprocessing.use_thumbnail and columns * rows > 1:
-        thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        thumbnail = np.asarray(_resize(image, side, side))
         tiles = np.concatenate([tiles, thumbnail[None]])
     return np.ascontiguousarray(tiles)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic, the rows first and then the columns.
+
+    Pillow up to 12 always does, and so did the authors' preprocessing; from 13 on it takes the columns of a tall image
+    first, and since each pass rounds to uint8, the result differs by up to 24 grey levels.
+    """
+    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def blank_tile(image_size: int) -> UInt8[np.ndarray, "1 S S 3"]:

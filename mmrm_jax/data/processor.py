@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmrm_jax.config import BranchInput
 from mmrm_jax.data.batching import EncodedGroup, GroupShape
+from mmrm_jax.data.folder import read_object, read_optional, write_object
 from mmrm_jax.data.images import Preprocessing, image_size, load_image, tile_count, tile_image
+from mmrm_jax.data.templates import TEMPLATES, Template, find_template
 from mmrm_jax.data.text import ChatTokenizer, encode_texts
 from mmrm_jax.types import Group
+
+# What `Processor.save` writes; where a folder has it, it is all that counts beside the tokenizer's files.
+SAVED = "mmrm_processor.json"
+DEFAULT_MAX_LENGTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +30,40 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-        cls, path: Path, visual_tokens_per_tile: int, *, max_length: int = 4096, max_tiles: int | None = None
+        cls,
+        path: Path,
+        visual_tokens_per_tile: int,
+        *,
+        max_length: int | None = None,
+        max_tiles: int | None = None,
     ) -> Processor:
-        """Read the template, tokenizer and tiling of an InternVL checkpoint folder."""
-        config = json.loads((path / "config.json").read_text())
-        preprocessing = Preprocessing(
-            image_size=config.get("force_image_size") or config["vision_config"]["image_size"],
-            min_tiles=config.get("min_dynamic_patch", 1),
-            max_tiles=max_tiles if max_tiles is not None else config.get("max_dynamic_patch", 6),
-            use_thumbnail=config.get("use_thumbnail", True),
-            dynamic=config.get("dynamic_image_size", True),
-        )
-        return cls(ChatTokenizer.from_pretrained(path, visual_tokens_per_tile), preprocessing, max_length)
+        """Read the template, the tokenizer and the preprocessing of images of a checkpoint folder.
+
+        They come from `mmrm_processor.json` where `save` wrote one, else from the files of the InternVL chat layout or
+        of the transformers-native one; `max_length` (4096 where nothing says otherwise) and `max_tiles` override what
+        is read. Raises ValueError naming the file and field that is missing or not supported.
+        """
+        saved = read_optional(path / SAVED)
+        if saved:
+            template, preprocessing, length = _read_saved(path / SAVED, saved, visual_tokens_per_tile)
+        else:
+            template, length = find_template(path), DEFAULT_MAX_LENGTH
+            preprocessing = read_preprocessing(path, visual_tokens_per_tile)
+        if max_tiles is not None:
+            preprocessing = dataclasses.replace(preprocessing, max_tiles=max_tiles)
+        chat = ChatTokenizer.from_pretrained(path, visual_tokens_per_tile, template)
+        return cls(chat, preprocessing, max_length if max_length is not None else length)
+
+    def save(self, path: Path) -> None:
+        """Write the files of the tokenizer and `mmrm_processor.json`: `from_pretrained` reads the same processor."""
+        self.chat.save(path)
+        saved = {
+            "template": self.chat.template.name,
+            "visual_tokens_per_tile": self.chat.visual_tokens_per_tile,
+            "max_length": self.max_length,
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+        }
+        write_object(path / SAVED, saved)
 
     def encode(self, group: Group, index: int, views: dict[str, BranchInput]) -> EncodedGroup:
         """Tokens and tiles of a group for the branches in `views`.
@@ -67,3 +96,90 @@ class Processor:
 def _looks(views: dict[str, BranchInput]) -> bool:
     """Whether any branch sees the image."""
     return any(v in ("multimodal", "image_only") for v in views.values())
+
+
+def read_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing:
+    """How a checkpoint of either layout prepares images.
+
+    InternVL chat layout: size and tiling from `config.json`, mean and std from `preprocessor_config.json`, where there
+    is one. Transformers-native layout: all from `preprocessor_config.json`, or `image_processor` in
+    `processor_config.json`; its `crop_to_patches` is not read, since InternVL's processor cuts images into tiles
+    whatever that says. Raises ValueError naming the file and field that cannot be used.
+    """
+    file = path / "config.json"
+    config = read_object(file)
+    if "text_config" in config:
+        return _native_preprocessing(path, visual_tokens_per_tile)
+    normalisation = _normalisation(path / "preprocessor_config.json", read_optional(path / "preprocessor_config.json"))
+    if config.get("pad2square"):
+        raise ValueError(f"{file}: pad2square is not supported; set it to false")
+    try:
+        return Preprocessing(
+            image_size=_integer(config.get("force_image_size") or config["vision_config"]["image_size"]),
+            min_tiles=_integer(config.get("min_dynamic_patch", 1)),
+            max_tiles=_integer(config.get("max_dynamic_patch", 6)),
+            use_thumbnail=bool(config.get("use_thumbnail", True)),
+            dynamic=bool(config.get("dynamic_image_size", True)),
+            **normalisation,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: how images are prepared cannot be read: {error!r}") from error
+
+
+def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing:
+    file = path / "processor_config.json"
+    processor = read_optional(file)
+    expected = processor.get("image_seq_length", visual_tokens_per_tile)
+    if expected != visual_tokens_per_tile:
+        raise ValueError(f"{file}: image_seq_length is {expected}, but a tile becomes {visual_tokens_per_tile} tokens")
+    image = processor.get("image_processor")
+    if image is None:
+        file = path / "preprocessor_config.json"
+        image = read_object(file)
+    try:
+        normalisation = _normalisation(file, {name: image[name] for name in ("image_mean", "image_std")})
+        height, width = image["size"]["height"], image["size"]["width"]
+        if height != width:
+            raise ValueError(f"size is {height} x {width}, but tiles must be square")
+        return Preprocessing(
+            image_size=_integer(height),
+            min_tiles=_integer(image.get("min_patches", 1)),
+            max_tiles=_integer(image.get("max_patches", 12)),
+            **normalisation,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: how images are prepared cannot be read: {error!r}") from error
+
+
+def _normalisation(file: Path, image: Mapping[str, Any]) -> dict[str, Any]:
+    """`image_mean` and `image_std`, as far as the file has them."""
+    found = {}
+    for name, ours in (("image_mean", "mean"), ("image_std", "std")):
+        values = image.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise ValueError(f"{file}: {name} is {values!r}, not three numbers")
+        found[ours] = tuple(map(float, values))
+    return found
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no integer")
+    return value
+
+
+def _read_saved(
+    file: Path, saved: Mapping[str, Any], visual_tokens_per_tile: int
+) -> tuple[Template, Preprocessing, int]:
+    """(template, preprocessing, max_length) that `Processor.save` wrote."""
+    try:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["preprocessing"].items()}
+        template, preprocessing = TEMPLATES[saved["template"]], Preprocessing(**fields)
+        slots, length = saved["visual_tokens_per_tile"], _integer(saved["max_length"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error!r}") from error
+    if slots != visual_tokens_per_tile:
+        raise ValueError(f"{file}: visual_tokens_per_tile is {slots}, but the model has {visual_tokens_per_tile}")
+    return template, preprocessing, length

@@ -1,50 +1,34 @@
 """Conversations as token ids: one template, one tokenisation, for training, evaluation and serving alike.
 
 Special tokens come from the template only. What users wrote is tokenised as plain text, so a prompt or response
-that spells a special token can neither open a turn nor claim an image slot.
+that spells a special token can neither open a turn nor claim an image slot. (The authors' code tokenises the whole
+conversation as one string, in which it can; for any other text the ids are the same.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mmrm_jax.config import BranchInput
+from mmrm_jax.data.templates import (
+    IMAGE_CONTEXT,
+    TEMPLATES,
+    ImageSlots,
+    Piece,
+    Special,
+    Template,
+    find_template,
+    split_at_image,
+)
+from mmrm_jax.data.tokenizer import TOKENIZER_FILES, Vocabulary, plain_text_only, read_vocabulary
 
-IMAGE_PLACEHOLDER = "<image>"
-
-
-@dataclasses.dataclass(frozen=True)
-class Special:
-    """A special token of the vocabulary, by name."""
-
-    token: str
-
-
-Piece = Special | str
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """A chat format for one user turn and one assistant turn, as pieces around the prompt and the response."""
-
-    before_prompt: tuple[Piece, ...]
-    before_response: tuple[Piece, ...]
-    after_response: tuple[Piece, ...]
-
-
-TEMPLATES = {
-    "chatml-plain": Template(
-        before_prompt=(Special("<|im_start|>"), "user\n"),
-        before_response=(Special("<|im_end|>"), Special("<|im_start|>"), "assistant\n"),
-        after_response=(Special("<|im_end|>"),),
-    )
-}
+__all__ = ["TEMPLATES", "ChatTokenizer", "Conversation", "GroupTokens", "TextError", "common_prefix", "encode_texts"]
 
 
 class TextError(ValueError):
@@ -60,75 +44,143 @@ class Conversation:
 
 
 class ChatTokenizer:
-    """Template and vocabulary of one checkpoint."""
+    """Template and vocabulary of one checkpoint; `source` is the folder they were read from, if any.
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, visual_tokens_per_tile: int):
-        self.tokenizer = tokenizer
-        self.tokenizer.encode_special_tokens = True  # text is text: see the module's docstring
+    Raises ValueError where the vocabulary has not all special tokens of the template and of images.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Tokenizer | Vocabulary,
+        template: Template,
+        visual_tokens_per_tile: int,
+        source: Path | None = None,
+    ):
+        vocabulary = Vocabulary(vocabulary) if isinstance(vocabulary, Tokenizer) else vocabulary
+        self.vocabulary = _settle_opening(vocabulary, template)
+        self.tokenizer = self.vocabulary.tokenizer
         self.template = template
         self.visual_tokens_per_tile = visual_tokens_per_tile
+        self.source = source
+        self._special = {token: self.special_id(token) for token in template.special_tokens}
+        self._reserved = frozenset(self._special.values())
+        plain_text_only(self.tokenizer, self._special)
+        self._flags = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
 
-    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Tokenizer, Template, int]]:
-        # A pickled tokenizer forgets `encode_special_tokens`; data workers must treat text as text, too.
-        return ChatTokenizer, (self.tokenizer, self.template, self.visual_tokens_per_tile)
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[Vocabulary, Template, int, Path | None]]:
+        # A pickled tokenizer forgets that it reads text as text; data workers must, too.
+        return ChatTokenizer, (self.vocabulary, self.template, self.visual_tokens_per_tile, self.source)
 
     @classmethod
-    def from_pretrained(cls, path: Path, visual_tokens_per_tile: int) -> ChatTokenizer:
-        """Read `tokenizer.json` and the template named in `config.json`; no code from the checkpoint runs."""
-        name = json.loads((path / "config.json").read_text()).get("template")
-        if name not in TEMPLATES:
-            raise ValueError(f"{path / 'config.json'}: template {name!r} is not known; known: {', '.join(TEMPLATES)}")
-        file = path / "tokenizer.json"
-        if not file.exists():
-            raise ValueError(f"{file} does not exist: a checkpoint needs its tokenizer.json")
-        return cls(Tokenizer.from_file(str(file)), TEMPLATES[name], visual_tokens_per_tile)
+    def from_pretrained(
+        cls, path: Path, visual_tokens_per_tile: int, template: Template | None = None
+    ) -> ChatTokenizer:
+        """Read a checkpoint's tokenizer and, where none is given, its template; no code from the checkpoint runs.
+
+        Raises ValueError naming the file that is missing, damaged or not supported.
+        """
+        template = find_template(path) if template is None else template
+        vocabulary = read_vocabulary(path)
+        try:
+            return cls(vocabulary, template, visual_tokens_per_tile, path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write what `from_pretrained` reads: the files the tokenizer came from, or `tokenizer.json` where it is new.
+
+        Raises ValueError where those files are gone.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        if self.source is None:
+            self.tokenizer.save(str(path / "tokenizer.json"))
+            return
+        files = [self.source / name for name in TOKENIZER_FILES if (self.source / name).exists()]
+        if not files:
+            raise ValueError(f"{self.source} no longer holds the tokenizer that was read from it")
+        for file in files:
+            if file.resolve() != (path / file.name).resolve():
+                shutil.copyfile(file, path / file.name)
 
     def special_id(self, token: str) -> int:
         """The id of a special token; raises ValueError where the vocabulary has none."""
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise ValueError(f"the tokenizer has no token {token!r}, which the chat template needs")
+            raise ValueError(f"the tokenizer has no token {token!r}, which the template {self.template.name} needs")
         return found
 
-    def _ids(self, pieces: Sequence[Piece]) -> list[int]:
-        """Adjacent texts are joined before tokenising, so merges across template borders happen as usual."""
-        ids: list[int] = []
-        text = ""
-        for piece in (*pieces, None):
+    def encode(self, pieces: Iterable[Piece]) -> Conversation:
+        """The ids of a whole conversation.
+
+        Adjacent texts are joined before tokenising, so merges across template borders happen as usual. Raises
+        TextError where a text yields a token of the template, which only a damaged vocabulary makes it do.
+        """
+        tokens = list(self.vocabulary.start)
+        slots: list[int] = []
+        for position, piece in enumerate(self._trimmed(_joined(pieces))):
+            if isinstance(piece, Special):
+                tokens.append(self._special[piece.token])
+            elif isinstance(piece, ImageSlots):
+                slots += range(len(tokens), len(tokens) + piece.count)
+                tokens += [self._special[IMAGE_CONTEXT]] * piece.count
+            elif piece:
+                prefix = self.vocabulary.inner if position else self.vocabulary.opening
+                ids = self.tokenizer.encode(prefix + piece, add_special_tokens=False).ids
+                if not self._reserved.isdisjoint(ids):
+                    raise TextError("the vocabulary makes a special token of the chat template out of ordinary text")
+                tokens += ids
+        visual = np.full(len(tokens), -1, np.int32)
+        visual[slots] = np.arange(len(slots))
+        return Conversation(np.asarray(tokens, np.int32), visual)
+
+    def _trimmed(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        """Texts without the white space that a special token beside them swallows (`rstrip`, `lstrip`: Phi-3)."""
+        around = [self._flags[p.token] if isinstance(p, Special) else None for p in pieces]
+        for piece, left, right in zip(pieces, [None, *around[:-1]], [*around[1:], None], strict=True):
             if isinstance(piece, str):
-                text += piece
-                continue
-            if text:
-                ids += self.tokenizer.encode(text, add_special_tokens=False).ids
-                text = ""
-            if piece is not None:
-                ids.append(self.special_id(piece.token))
-        return ids
+                piece = piece.lstrip() if left and left.rstrip else piece
+                piece = piece.rstrip() if right and right.lstrip else piece
+            yield piece
 
     def conversation(self, prompt: str, response: str, tiles: int, view: BranchInput) -> Conversation:
         """One prompt and response as a branch sees them.
 
-        The image stands where the prompt has its first "<image>", else before the prompt on a line of its own.
+        The image stands where the prompt says (see `split_at_image`). `absent` leaves it out, `blank` puts one tile in
+        its place, `image_only` leaves out the prompt's text; without tiles there is no image for any but `blank`.
         """
-        t = self.template
-        before, placeholder, after = prompt.partition(IMAGE_PLACEHOLDER)
-        if not placeholder:
-            before, after = "", "\n" + prompt
-        if view == "image_only":
-            before, after = "", "\n"
+        before, after = ("", "\n") if view == "image_only" else split_at_image(prompt)
         if view == "blank":
             tiles = 1
         if view == "absent" or tiles == 0:
-            text = before + after.removeprefix("\n") if not before else before + after
-            head = self._ids((*t.before_prompt, text, *t.before_response, response, *t.after_response))
-            return Conversation(np.asarray(head, np.int32), np.full(len(head), -1, np.int32))
+            tiles, after = 0, after if before else after.removeprefix("\n")
         slots = tiles * self.visual_tokens_per_tile
-        head = self._ids((*t.before_prompt, before, Special("<img>")))
-        tail = self._ids((Special("</img>"), after, *t.before_response, response, *t.after_response))
-        tokens = [*head, *[self.special_id("<IMG_CONTEXT>")] * slots, *tail]
-        visual = np.full(len(tokens), -1, np.int32)
-        visual[len(head) : len(head) + slots] = np.arange(slots)
-        return Conversation(np.asarray(tokens, np.int32), visual)
+        return self.encode(self.template.pieces(before, slots, after, response))
+
+
+def _settle_opening(vocabulary: Vocabulary, template: Template) -> Vocabulary:
+    """The vocabulary for a template that opens with a token of its own.
+
+    A space for the opening text alone (Llama's tokenizer, `legacy` false) becomes a token by itself there, unless the
+    template's token is marked special.
+    """
+    first = template.before_prompt[0]
+    if not isinstance(first, Special) or not vocabulary.opening or vocabulary.inner:
+        return vocabulary
+    tokenizer, start = vocabulary.tokenizer, vocabulary.start
+    if not any(t.content == first.token and t.special for t in tokenizer.get_added_tokens_decoder().values()):
+        start += tuple(tokenizer.encode(vocabulary.opening, add_special_tokens=False).ids)
+    return Vocabulary(tokenizer, start)
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces with adjacent texts made one, and empty ones left out."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and out and isinstance(out[-1], str):
+            out[-1] += piece
+        elif piece != "":
+            out.append(piece)
+    return out
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:

@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mmrm_jax.data.shapes import make_caption
+from mmrm_jax.data.tokenizer import qwen2_tokenizer
 
 VOCABULARY_SIZE = 2048
 MODEL_MAX_LENGTH = 4096
@@ -21,25 +22,13 @@ END_OF_TURN = "<|im_end|>"
 # In the order of their ids, after the learnt vocabulary.
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN, "<img>", "</img>", "<IMG_CONTEXT>")
 
-# Qwen2's pre-tokenisation: contractions, words with one leading space or mark, single digits, punctuation, whitespace.
-_PRE_TOKENISATION = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CAPTION_SEED = 2025
 _CAPTIONS = 2000
 
 
 def train_tokenizer() -> Tokenizer:
     """Train the tokenizer; every call gives the same one, with `VOCABULARY_SIZE` tokens in all."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PRE_TOKENISATION), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = qwen2_tokenizer(models.BPE())
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),

@@ -40,7 +40,10 @@ def open_checkpoint(path: Path, data: DataConfig) -> Checkpoint:
     processor = Processor.from_pretrained(
         path, config.visual_tokens_per_tile, max_length=data.max_length, max_tiles=data.max_tiles
     )
-    return Checkpoint(path, config, processor)
+    # How values are normalised is written beside the tiling, and applied in the model.
+    images = processor.preprocessing
+    vision = dataclasses.replace(config.vision, mean=images.mean, std=images.std)
+    return Checkpoint(path, dataclasses.replace(config, vision=vision), processor)
 
 
 def model_fingerprint(path: Path) -> str:

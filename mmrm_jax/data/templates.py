@@ -1,0 +1,210 @@
+"""Chat formats: how one prompt, its image and one response become a sequence of pieces.
+
+A piece is text, a special token or a run of image slots. Special tokens and slots come from here alone; what users
+wrote stays text whatever it spells. The formats are those of InternVL's conversation code (github.com/OpenGVLab/
+InternVL, MIT licence), which a checkpoint names in `config.json` under `template`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmrm_jax.data.folder import read_object, read_optional
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+
+# Where a prompt says that its image stands: at its beginning, or alone on a line. In the middle of a line the
+# placeholder is text about images, and the authors' code leaves it as it is, too.
+_PLACE = re.compile(rf"\A{IMAGE_PLACEHOLDER}|^{IMAGE_PLACEHOLDER}$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """A special token of the vocabulary, by name."""
+
+    token: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSlots:
+    """`count` times `<IMG_CONTEXT>`: the places that visual tokens fill."""
+
+    count: int
+
+
+Piece = Special | ImageSlots | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A chat format for one user turn and one assistant turn, as pieces around the prompt and the response.
+
+    With `strip` both messages lose the white space around them, as InternVL does for InternLM2.
+    """
+
+    name: str
+    before_prompt: tuple[Piece, ...]
+    before_response: tuple[Piece, ...]
+    after_response: tuple[Piece, ...]
+    strip: bool = False
+
+    def pieces(self, before: str, slots: int, after: str, response: str) -> tuple[Piece, ...]:
+        """The whole conversation; the image, where `slots` > 0, stands between the prompt's parts.
+
+        An empty response leaves the assistant's header alone, without its last space and without an end of turn.
+        """
+        image = (Special(IMAGE_START), ImageSlots(slots), Special(IMAGE_END)) if slots else ()
+        if not slots:
+            before, after = before + after, ""
+        if self.strip:
+            before, after, response = before.lstrip(), after.rstrip(), response.strip()
+            before = before if slots else before.rstrip()
+        head = (*self.before_prompt, before, *image, after)
+        if response:
+            return (*head, *self.before_response, response, *self.after_response)
+        *header, last = self.before_response
+        return (*head, *header, last.removesuffix(" ") if isinstance(last, str) else last)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens of the format and of an image, each once."""
+        pieces = (*self.before_prompt, *self.before_response, *self.after_response)
+        names = [p.token for p in pieces if isinstance(p, Special)]
+        return tuple(dict.fromkeys([*names, IMAGE_START, IMAGE_CONTEXT, IMAGE_END]))
+
+
+def split_at_image(prompt: str) -> tuple[str, str]:
+    """The prompt before and after its image.
+
+    The image stands at the first `<image>` that begins the prompt or is alone on its line, else before the prompt on
+    a line of its own.
+    """
+    place = _PLACE.search(prompt)
+    return (prompt[: place.start()], prompt[place.end() :]) if place else ("", "\n" + prompt)
+
+
+def spell(pieces: Iterable[Piece]) -> str:
+    """The text that a conversation's pieces spell."""
+
+    def one(piece: Piece) -> str:
+        if isinstance(piece, str):
+            return piece
+        return piece.token if isinstance(piece, Special) else IMAGE_CONTEXT * piece.count
+
+    return "".join(one(piece) for piece in pieces)
+
+
+_INTERNVL = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+def _turns(
+    name: str,
+    roles: tuple[str, str, str],
+    end: Sequence[Piece],
+    *,
+    starts: Sequence[Piece] = (),
+    system: str = "",
+    strip: bool = False,
+) -> Template:
+    """A format whose turns are a header of `starts` and the role, a line break, the message and `end`.
+
+    `roles` are those of system, user and assistant; where they are special tokens themselves, `starts` is empty.
+    """
+
+    def header(role: str) -> tuple[Piece, ...]:
+        return (*starts, role + "\n") if starts else (Special(role), "\n")
+
+    first = (*header(roles[0]), system, *end) if system else ()
+    return Template(name, (*first, *header(roles[1])), (*end, *header(roles[2])), tuple(end), strip)
+
+
+_CHATML = ("system", "user", "assistant")
+_START, _END = Special("<|im_start|>"), Special("<|im_end|>")
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        _turns("chatml-plain", _CHATML, (_END,), starts=(_START,)),
+        _turns("chatml", _CHATML, (_END, "\n"), starts=(_START,)),
+        _turns("Hermes-2", _CHATML, (_END,), starts=(_START,), system=_INTERNVL),
+        _turns("internlm2-chat", _CHATML, (_END,), starts=(_START,), system=_INTERNVL, strip=True),
+        _turns("internvl2_5", _CHATML, (_END, "\n"), starts=(_START,), system=_INTERNVL_2_5),
+        _turns("phi3-chat", ("<|system|>", "<|user|>", "<|assistant|>"), (Special("<|end|>"),), system=_INTERNVL),
+        # The roles of this one are plain text, which a message can spell; no tokenisation can tell them apart.
+        Template("internvl_zh", (" <human>: ",), (" <bot>: ",), (Special("</s>"),)),
+    )
+}
+
+
+def find_template(path: Path) -> Template:
+    """The chat format of a checkpoint folder.
+
+    `config.json` names it under `template`. A checkpoint of the transformers-native layout has a `chat_template`
+    instead (in `chat_template.jinja`, `chat_template.json`, `processor_config.json` or `tokenizer_config.json`): it is
+    rendered in Jinja's sandbox, and the format that spells the same conversation is taken. Raises ValueError listing
+    the known formats where none fits.
+    """
+    file = path / "config.json"
+    config = read_object(file)
+    name = config.get("template")
+    if isinstance(name, str) and name in TEMPLATES:
+        return TEMPLATES[name]
+    if name is not None or "text_config" not in config:
+        raise ValueError(f"{file}: template {name!r} is not known; known: {', '.join(TEMPLATES)}")
+    source, text = _chat_template(path)
+    try:
+        rendered = _render(text)
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # whatever a template runs into
+        raise ValueError(f"{source}: the chat template cannot be rendered ({error}): {_NAME_ONE}") from error
+    for template in TEMPLATES.values():
+        if spell(template.pieces("", 1, "\n" + _PROMPT, _RESPONSE)) == rendered:
+            return template
+    raise ValueError(f"{source}: the chat template makes {rendered!r}, which is no known format: {_NAME_ONE}")
+
+
+_PROMPT, _RESPONSE = "the prompt", "the response"
+_NAME_ONE = f'name one of {", ".join(TEMPLATES)} in config.json as "template"'
+
+
+def _chat_template(path: Path) -> tuple[Path, str]:
+    """(file, Jinja source) of a folder's chat template, in the order of precedence that transformers has."""
+    jinja = path / "chat_template.jinja"
+    if jinja.exists():
+        return jinja, jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        text = read_optional(path / name).get("chat_template")
+        if isinstance(text, str):
+            return path / name, text
+    raise ValueError(f"{path} has no chat template: {_NAME_ONE}")
+
+
+def _render(text: str) -> str:
+    """A user turn with an image and an assistant turn, in one spelling of the image."""
+    user = [{"type": "image"}, {"type": "text", "text": _PROMPT}]
+    messages = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": "text", "text": _RESPONSE}]},
+    ]
+    # As transformers renders chat templates.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    rendered = environment.from_string(text).render(messages=messages, add_generation_prompt=False, bos_token="")
+    expanded = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
+    return rendered.replace(expanded, IMAGE_CONTEXT).replace(IMAGE_CONTEXT, expanded)

@@ -6,11 +6,11 @@ import json
 import random
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
+from goldens import fixtures
 from PIL import Image
 
 from mmrm_jax.data.images import (
@@ -24,8 +24,7 @@ from mmrm_jax.data.images import (
     tile_image,
 )
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "A_preproc"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="golden data (shared/goldens/A_preproc) is not here")
+folders = pytest.mark.parametrize("folder", fixtures("preproc", "expected.json"))
 PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
@@ -52,21 +51,21 @@ def one_bit_png(width: int, height: int) -> bytes:
     )
 
 
-@needs_goldens
-def test_grids_equal_the_goldens():
-    for width, height, *grids in json.loads((GOLDENS / "grid_table.json").read_text()):
+@folders
+def test_grids_equal_the_goldens(folder):
+    for width, height, *grids in json.loads((folder / "grid_table.json").read_text()):
         for max_tiles, grid in zip((1, 2, 4, 6, 12, 24), grids, strict=True):
             assert tile_grid(width, height, Preprocessing(448, 1, max_tiles)) == tuple(grid), (width, height, max_tiles)
 
 
-@needs_goldens
+@folders
 @pytest.mark.parametrize(
     "name", ["wide2x1", "tall1x2", "square", "tiny", "pano", "photo4x3", "strip", "rgba3x2", "grayL", "pal"]
 )
-def test_tiles_equal_the_goldens(name):
-    expected = json.loads((GOLDENS / "expected.json").read_text())[name]
-    image = load_image(GOLDENS / expected["file"])
-    assert [*image.size] == expected["size"] == [*image_size(GOLDENS / expected["file"])]
+def test_tiles_equal_the_goldens(folder, name):
+    expected = json.loads((folder / "expected.json").read_text())[name]
+    image = load_image(folder / expected["file"])
+    assert [*image.size] == expected["size"] == [*image_size(folder / expected["file"])]
     assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == expected["rgb_sha256"]
     checked = 0
     for case, want in expected["cases"].items():
@@ -84,11 +83,11 @@ def test_tiles_equal_the_goldens(name):
     assert checked == 12
 
 
-@needs_goldens
+@folders
 @pytest.mark.parametrize("name", ["wide2x1", "square", "pano", "photo4x3"])  # wide: the same in every Pillow
-def test_min_tiles_and_static_equal_the_goldens_after_normalisation(name):
-    expected = json.loads((GOLDENS / "expected.json").read_text())[name]
-    image = load_image(GOLDENS / expected["file"])
+def test_min_tiles_and_static_equal_the_goldens_after_normalisation(folder, name):
+    expected = json.loads((folder / "expected.json").read_text())[name]
+    image = load_image(folder / expected["file"])
     for case, preprocessing in {
         "S56_min4_max6_thumb1": Preprocessing(56, 4, 6),
         "S448_min4_max6_thumb1": Preprocessing(448, 4, 6),
@@ -103,11 +102,11 @@ def test_min_tiles_and_static_equal_the_goldens_after_normalisation(name):
         assert hashlib.sha256(channels_first.tobytes()).hexdigest() == want["float32_sha256"], case
 
 
-@needs_goldens
-def test_tile_order_equals_the_golden_arrays():
-    arrays = np.load(GOLDENS / "tiles_uint8.npz")
+@folders
+def test_tile_order_equals_the_golden_arrays(folder):
+    arrays = np.load(folder / "tiles_uint8.npz")
     for name in ("wide2x1", "square", "pano", "photo4x3", "rgba3x2"):
-        tiles = tile_image(load_image(GOLDENS / "images" / f"{name}.png"), Preprocessing(56))
+        tiles = tile_image(load_image(folder / "images" / f"{name}.png"), Preprocessing(56))
         np.testing.assert_array_equal(tiles, arrays[f"{name}.S56_max6_thumb1.uint8"])
 
 

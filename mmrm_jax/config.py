@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,12 @@ BranchInput = Literal["multimodal", "blank", "absent", "image_only"]
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """InternViT. `mean` and `std` normalise RGB values in 0..1."""
+    """InternViT. `mean` and `std` normalise RGB values in 0..1.
+
+    `position_image_size` is the image size that the position table was made for, where that is not `image_size`: the
+    table keeps its size, and the tower resizes it. `drop_path_rate` is the last layer's rate of stochastic depth in
+    training; it grows linearly from 0 in the first layer.
+    """
 
     image_size: int = 448
     patch_size: int = 14
@@ -27,14 +33,71 @@ class VisionConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
+    position_image_size: int | None = None
+    drop_path_rate: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """A Llama-family decoder; `qkv_bias` makes it Qwen2."""
+class LinearRope:
+    """Position interpolation: positions are divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
 
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicRope:
+    """Dynamic NTK: the base grows with the length of a conversation that is longer than `max_length`."""
+
+    factor: float
+    max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
+
+    factor: float
+    low_factor: float
+    high_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """Phi-3: a factor per frequency, `long_factors` for conversations longer than `original_length`.
+
+    Cosines and sines are multiplied by `scale`, which "su" (also called "longrope") and "yarn" compute differently.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_length: int
+    max_length: int
+    kind: Literal["su", "yarn"] = "su"
+
+    @property
+    def scale(self) -> float:
+        """sqrt(1 + ln(s) / ln(original_length)) for "su", 1 + ln(s) / 10 for "yarn"; s is by how much it is longer."""
+        longer = self.max_length / self.original_length
+        if longer <= 1:
+            return 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(longer) + 1.0
+        return math.sqrt(1 + math.log(longer) / math.log(self.original_length))
+
+
+RopeScaling = LinearRope | DynamicRope | Llama3Rope | LongRope
+
+DecoderFamily = Literal["internlm2", "qwen2", "qwen3", "llama", "phi3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-family decoder. `family` names its tensors in checkpoints; the other fields say what it computes."""
+
+    family: DecoderFamily = "qwen2"
     vocab_size: int = 151655
     width: int = 896
     mlp_width: int = 4864
@@ -43,8 +106,11 @@ class DecoderConfig:
     num_kv_heads: int = 2
     head_width: int = 64
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    o_bias: bool = False
+    qk_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +137,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up from 0 and cosine decay to 0 (the recipe in the paper's code)."""
+    """AdamW with linear warm-up from 0 and cosine decay to 0 (the recipe in the paper's code).
+
+    `decay_groups` says what weight decay spares: "uniform" biases and the scales of norms and layers, in both branches
+    alike; "reference" what the paper's code does, where a proxy beside a primary is not decayed at all, and scales are
+    decayed but for those of layer norms and of the RMS norms of Qwen and Llama decoders.
+    """
 
     learning_rate: float = 1e-5
     b1: float = 0.9
@@ -80,6 +151,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     warmup_fraction: float = 0.1
+    decay_groups: Literal["uniform", "reference"] = "uniform"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from goldens import fixtures
 
 from mmrm_jax.data.records import (
     DataError,
@@ -16,7 +17,7 @@ from mmrm_jax.data.records import (
 )
 from mmrm_jax.types import Comparison, Group, Quarantined
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "goldens" / "A_pairs" / "pairs.json"
+PAIRS = fixtures("pairs", "pairs.json")
 PAIR = {"id": "a", "prompt": "p", "img_path": "i.png", "chosen": "good", "rejected": "bad"}
 
 
@@ -71,9 +72,9 @@ def test_scoring_input_has_no_comparisons_and_may_repeat_a_response(write):
     assert group.id == "prefs-1"
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="golden data (shared/goldens/A_pairs) is not here")
-def test_pairs_equal_the_golden():
-    golden = json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("folder", PAIRS)
+def test_pairs_equal_the_golden(folder):
+    golden = json.loads((folder / "pairs.json").read_text())
     assert len(golden["rows"]) == len(golden["expected_per_row"]) == 9
     for row, expected in zip(golden["rows"], golden["expected_per_row"], strict=True):
         responses = row["completions"]["response"]
@@ -82,9 +83,9 @@ def test_pairs_equal_the_golden():
         assert [responses[loser] for _, loser in pairs] == expected.get("rejected", []), row["prompt"]
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="golden data (shared/goldens/A_pairs) is not here")
-def test_reading_the_golden_rows_gives_its_pairs_or_a_reason(write, tmp_path):
-    golden = json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("folder", PAIRS)
+def test_reading_the_golden_rows_gives_its_pairs_or_a_reason(folder, write, tmp_path):
+    golden = json.loads((folder / "pairs.json").read_text())
     for index in range(9):
         (tmp_path / f"i{index}").write_bytes(b"")
     groups, quarantined = read_groups(write(*golden["rows"]))

@@ -142,7 +142,7 @@ EXPECTED = {
     "decoder/layers/norm1/scale": P(None, None),
     "decoder/norm/scale": P(None),
     "projector/fc1/kernel": P(None, "fsdp"),
-    "vision/layers/qkv/kernel": P(None, None, "tensor"),
+    "vision/layers/q/kernel": P(None, None, "tensor"),
     "vision/layers/proj/kernel": P(None, "tensor", None),
     "score": P(None),
 }

@@ -220,7 +220,7 @@ def run_cell(
     source = data.train[cell.train]
     folder.mkdir(parents=True, exist_ok=True)
     quarantine = folder / "unreadable.jsonl"
-    params, _ = initial_params(checkpoint, config.seed)
+    params, _ = initial_params(checkpoint, config.seed, program.mesh)
     state = resume(program, program.init(params, config), folder)
     if not int(state.step):
         quarantine.unlink(missing_ok=True)  # of a run that begins again

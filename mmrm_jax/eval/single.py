@@ -39,7 +39,7 @@ from mmrm_jax.train.setup import (
     training_sources,
     training_steps,
 )
-from mmrm_jax.train.state import TrainState
+from mmrm_jax.train.state import TrainState, abstract_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def train_run(
     run = open_run(config, spec, out, model, image_root, console)
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
-    params, drawn = initial_params(run.checkpoint, config.seed)
+    params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
     state = resume(program, program.init(params, config), out)
@@ -183,7 +183,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
     write_quarantine(quarantine, quarantined)  # afresh; the evaluation adds what it cannot read
     program = build_program(checkpoint.config, config, 1)
-    like = jax.eval_shape(lambda: program.init(initial_params(checkpoint, config.seed)[0], config))
+    like = jax.eval_shape(lambda params: program.init(params, config), abstract_model(checkpoint.config)[1])
     # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
     like = jax.tree.map(
         lambda s, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part),

@@ -7,24 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def rope_tables(
-    positions: Int[Array, "*B S"], head_width: int, theta: float
-) -> tuple[Float[Array, "*B S 1 half"], Float[Array, "*B S 1 half"]]:
-    """Cosine and sine of rotary embeddings (Su et al. 2021, arXiv 2104.09864) in float32."""
-    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape((1,) * (positions.ndim + 1) + (-1,))
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-    x: Float[Array, "*B S heads E"], tables: tuple[Float[Array, "*#B S 1 half"], Float[Array, "*#B S 1 half"]]
-) -> Float[Array, "*B S heads E"]:
-    """Apply rotary embeddings in the half-split layout of the Hugging Face Llama family."""
-    cos, sin = tables
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def causal_attention(
     q: Float[Array, "G P H E"], k: Float[Array, "G P K E"], v: Float[Array, "G P K E"]
 ) -> Float[Array, "G P H E"]:

@@ -8,13 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmrm_jax.config import DecoderConfig
-from mmrm_jax.models.attention import causal_attention, response_attention, rope_tables, rotate
+from mmrm_jax.models.attention import causal_attention, response_attention
 from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
+from mmrm_jax.models.rope import rope_frequencies, rope_tables, rotate
 from mmrm_jax.sharding import constrain
 
 
 class DecoderLayer(nnx.Module):
-    """RMS norm, grouped-query attention with RoPE, RMS norm, SwiGLU."""
+    """RMS norm, grouped-query attention with RoPE, RMS norm, SwiGLU; q/k norm runs over each head."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c = config
@@ -23,7 +24,9 @@ class DecoderLayer(nnx.Module):
         self.q = Linear((c.width, heads), ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
         self.k = Linear((c.width, kv), ("embed", "kv_heads"), bias=c.qkv_bias, rngs=rngs)
         self.v = Linear((c.width, kv), ("embed", "kv_heads"), bias=c.qkv_bias, rngs=rngs)
-        self.o = Linear((heads, c.width), ("heads", "embed"), bias=False, rngs=rngs)
+        self.q_norm = Norm(c.head_width, eps=c.norm_eps, rms=True, rngs=rngs) if c.qk_norm else None
+        self.k_norm = Norm(c.head_width, eps=c.norm_eps, rms=True, rngs=rngs) if c.qk_norm else None
+        self.o = Linear((heads, c.width), ("heads", "embed"), bias=c.o_bias, rngs=rngs)
         self.norm2 = Norm(c.width, eps=c.norm_eps, rms=True, rngs=rngs)
         self.gate = Linear((c.width, c.mlp_width), ("embed", "mlp"), bias=False, rngs=rngs)
         self.up = Linear((c.width, c.mlp_width), ("embed", "mlp"), bias=False, rngs=rngs)
@@ -33,6 +36,8 @@ class DecoderLayer(nnx.Module):
     def qkv(self, x: Float[Array, "*B S D"], rope: tuple) -> tuple[Array, Array, Array]:
         x = self.norm1(x)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_width) for y in (self.q(x), self.k(x), self.v(x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
 
     def finish(self, x: Float[Array, "*B S D"], attended: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
@@ -59,16 +64,23 @@ class Decoder(nnx.Module):
         prefix: Float[Array, "G P D"],
         prefix_lengths: Int[Array, " G"],
         responses: Float[Array, "G N R D"],
+        response_lengths: Int[Array, "G N"],
     ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
         """Final hidden states of both streams.
 
         Equal at every valid position to an ordinary causal forward over [prefix, response], with response
         positions continuing after the group's own prefix length. What padding positions return has no meaning.
+
+        Where RoPE depends on the length (dynamic NTK, LongRoPE), a group goes by its longest conversation, since the
+        shared prefix can have one rotation only. It is what the Hugging Face code gives the group's conversations as
+        one batch padded to the longest; alone, a shorter one would get another rotation only where the longest passes
+        the scaling's threshold. More padding and other groups change nothing.
         """
         c = self.config
-        prefix_rope = rope_tables(jnp.arange(prefix.shape[1])[None], c.head_width, c.rope_theta)
+        frequencies = rope_frequencies(c, prefix_lengths + jnp.max(response_lengths, axis=1))
+        prefix_rope = rope_tables(c, frequencies, jnp.arange(prefix.shape[1])[None])
         positions = prefix_lengths[:, None, None] + jnp.arange(responses.shape[2])[None, None]
-        response_rope = rope_tables(positions, c.head_width, c.rope_theta)
+        response_rope = rope_tables(c, frequencies, positions)
 
         def step(layer: DecoderLayer, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             prefix, responses = carry

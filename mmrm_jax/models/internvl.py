@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.decoder import Decoder
@@ -49,30 +49,45 @@ class InternVL(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs)
         self.config = config
 
-    def visual_features(self, pixels: Array, dtype: jnp.dtype) -> Float[Array, "G TV D"]:
-        """Visual tokens of each group's tiles, in tile order; uint8 pixels [G, T, height, width, 3]."""
+    def visual_features(
+        self, pixels: UInt8[Array, "G T h w 3"], dtype: jnp.dtype, keys: Key[Array, " G"] | None = None
+    ) -> Float[Array, "G TV D"]:
+        """Visual tokens of each group's tiles, in tile order."""
         c = self.config
         g, t = pixels.shape[:2]
-        hidden = self.vision(pixels.reshape(g * t, *pixels.shape[2:]), select_layer=c.select_layer, dtype=dtype)
+        if keys is not None:  # a tile's draws depend on its group's key and its place, not on how many are padded
+            keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(t)))(keys).reshape(g * t)
+        tiles = pixels.reshape(g * t, *pixels.shape[2:])
+        hidden = self.vision(tiles, select_layer=c.select_layer, dtype=dtype, keys=keys)
         side = c.vision.image_size // c.vision.patch_size
         patches = hidden[:, 1:].reshape(g * t, side, side, -1)
         shuffled = pixel_shuffle(patches, c.downsample_ratio, c.pixel_shuffle)
         return self.projector(shuffled.reshape(g, t * c.visual_tokens_per_tile, -1))
 
-    def embed_prefix(self, prefix: Prefix, dtype: jnp.dtype) -> Float[Array, "G P D"]:
+    def embed_prefix(
+        self, prefix: Prefix, dtype: jnp.dtype, keys: Key[Array, " G_or_1"] | None = None
+    ) -> Float[Array, "G P D"]:
         """Token embeddings with visual features in their places."""
         x = self.decoder.embed(prefix.tokens, dtype)
         if prefix.pixels is None:
             return constrain(x, "batch", None, None)
-        features = self.visual_features(prefix.pixels, dtype)
+        features = self.visual_features(prefix.pixels, dtype, keys)
         index = prefix.visual_index
         features = jnp.broadcast_to(features, (index.shape[0], *features.shape[1:]))
         placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
         return constrain(jnp.where(index[..., None] >= 0, placed, x), "batch", None, None)
 
     def __call__(
-        self, prefix: Prefix, responses: Int[Array, "G N R"], dtype: jnp.dtype
+        self,
+        prefix: Prefix,
+        responses: Int[Array, "G N R"],
+        response_lengths: Int[Array, "G N"],
+        dtype: jnp.dtype,
+        keys: Key[Array, " G_or_1"] | None = None,
     ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
-        """Final hidden states of the prefix and of every response token."""
+        """Final hidden states of the prefix and of every response token.
+
+        `keys`, one for each group that has pixels of its own, turn on drop path in the vision tower.
+        """
         embedded = constrain(self.decoder.embed(responses, dtype), "batch", None, None, None)
-        return self.decoder(self.embed_prefix(prefix, dtype), prefix.lengths, embedded)
+        return self.decoder(self.embed_prefix(prefix, dtype, keys), prefix.lengths, embedded, response_lengths)

@@ -58,15 +58,18 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
     return build(rngs)
 
 
-def apply_layers(layers: nnx.Module, num_layers: int, step: Callable, carry, *, unroll_up_to: int = 4):
-    """Run `step(layer, carry) -> carry` over the first `num_layers` stacked layers.
+def apply_layers(
+    layers: nnx.Module, num_layers: int, step: Callable, carry, *extra: Array | None, unroll_up_to: int = 4
+):
+    """Run `step(layer, carry, *extra of that layer) -> carry` over the first `num_layers` stacked layers.
 
     Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody.
     """
     graphdef, params = nnx.split(layers)
-    params = jax.tree.map(lambda x: x[:num_layers], params)
+    stacked = jax.tree.map(lambda x: x[:num_layers], (params, extra))
 
-    def body(carry, layer_params):
-        return step(nnx.merge(graphdef, layer_params), carry), None
+    def body(carry, of_layer):
+        layer_params, extra = of_layer
+        return step(nnx.merge(graphdef, layer_params), carry, *extra), None
 
-    return jax.lax.scan(body, carry, params, unroll=num_layers <= unroll_up_to or 1)[0]
+    return jax.lax.scan(body, carry, stacked, unroll=num_layers <= unroll_up_to or 1)[0]

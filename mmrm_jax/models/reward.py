@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.internvl import InternVL
@@ -29,9 +29,10 @@ class RewardModel(InternVL):
         responses: Int[Array, "G N R"],
         response_lengths: Int[Array, "G N"],
         dtype: jnp.dtype = jnp.dtype("float32"),
+        keys: Key[Array, " G_or_1"] | None = None,
     ) -> Float[Array, "G N"]:
         """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
-        _, hidden = self(prefix, responses, dtype)
+        _, hidden = self(prefix, responses, response_lengths, dtype, keys)
         last = jnp.maximum(response_lengths - 1, 0)[..., None, None]
         final = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
         return final.astype(jnp.float32) @ self.score[...]

@@ -89,7 +89,7 @@ def answer_window(batch: Batch, turn: int, header: int) -> tuple[np.ndarray, np.
 def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
     """1 where the right answer (response 0) is more probable than the wrong one, given image and question."""
     prefix, tokens, lengths = batch.prefixes["primary"], batch.responses, batch.response_lengths
-    before, after = model(prefix, tokens, jnp.dtype("float32"))
+    before, after = model(prefix, tokens, lengths, jnp.dtype("float32"))
     last = jnp.take_along_axis(before, prefix.lengths[:, None, None] - 1, axis=1)
     first = jnp.broadcast_to(last[:, None], (*after.shape[:2], 1, after.shape[-1]))
     logits = jnp.concatenate([first, after[:, :, :-1]], axis=2) @ model.decoder.embedding[...].T
@@ -135,7 +135,7 @@ def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
         """Mean over answers of their mean next-token loss."""
         positions, targets, mask = window
         model = nnx.merge(graphdef, params)
-        hidden, _ = model(batch.prefixes["primary"], batch.responses, jnp.dtype("float32"))
+        hidden, _ = model(batch.prefixes["primary"], batch.responses, batch.response_lengths, jnp.dtype("float32"))
         logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))

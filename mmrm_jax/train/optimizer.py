@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import optax
 
-from mmrm_jax.config import OptimizerConfig
+from mmrm_jax.config import DecoderFamily, OptimizerConfig
 from mmrm_jax.types import PyTree
 
 UNDECAYED = ("bias", "scale", "scale1", "scale2")
+KNOWN_NORMS = ("llama", "qwen2", "qwen3")  # decoder families whose RMS norms the Hugging Face Trainer spares
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -22,13 +26,33 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] not in UNDECAYED, params)
 
 
+def reference_decay_mask(params: PyTree, family: DecoderFamily) -> PyTree:
+    """The Hugging Face Trainer's choice for the paper's code: no decay for layer norms, for the RMS norms it knows
+    (those of Llama and Qwen), and for every name that has "bias" in it, which takes in the proxy: `bias_reward_model`.
+    """
+    flat = {tuple(_names(path)) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def decays(path: tuple, _: Any) -> bool:
+        branch, *names = _names(path)
+        if (branch == "proxy" and "primary" in params) or names[-1] == "bias":
+            return False
+        is_norm = names[-1] == "scale"
+        is_layer_norm = is_norm and (branch, *names[:-1], "bias") in flat
+        return not (is_layer_norm or (is_norm and names[0] == "decoder" and family in KNOWN_NORMS))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
 def _names(path: tuple) -> list[str]:
     """The names along a key path; NNX variables end it with an attribute of their own, which is left out."""
     return [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm over all branches together, then AdamW."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, family: DecoderFamily = "qwen2"
+) -> optax.GradientTransformation:
+    """Clip by the global norm over all branches together, then AdamW. `family` matters to "reference" decay alone."""
+    reference = functools.partial(reference_decay_mask, family=family)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -37,6 +61,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=decay_mask,
+            mask=decay_mask if config.decay_groups == "uniform" else reference,
         ),
     )

@@ -53,13 +53,13 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Progra
     """Set up the mesh, the optimiser and both steps. Nothing is compiled before its first call."""
     objective = find_objective(config.objective)
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
     graphdef, params = abstract_model(model)
     views = objective.views(config.proxy_input)
     abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer), params)
     shardings = state_shardings(abstract, mesh)
     dtype = jnp.dtype(config.compute_dtype)
-    train_step = make_train_step(graphdef, objective, optimizer, dtype)
+    train_step = make_train_step(graphdef, objective, optimizer, dtype, config.seed)
     eval_step = make_eval_step(graphdef, objective, dtype)
     return Program(
         objective,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
@@ -19,9 +20,10 @@ from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
 from mmrm_jax.models.hf.config import read_config
+from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.objectives import Objective
-from mmrm_jax.train.state import init_params
+from mmrm_jax.train.state import abstract_model, init_score, place_abstract
 from mmrm_jax.types import Batch, Quarantined
 
 
@@ -48,16 +50,27 @@ def open_checkpoint(path: Path, data: DataConfig) -> Checkpoint:
 
 def model_fingerprint(path: Path) -> str:
     """SHA-256 of a checkpoint folder's weights. Raises ValueError where there are none."""
-    file = path / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: {path} is not a checkpoint folder with weights in one file")
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        try:
+            with file.open("rb") as f:
+                while block := f.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
-def initial_params(checkpoint: Checkpoint, seed: int) -> tuple[nnx.State, list[str]]:
-    """Pretrained parameters; what the checkpoint lacks (the score head) is drawn from `seed` and named."""
-    return load_params(checkpoint.path, checkpoint.config, init_params(checkpoint.config, seed))
+def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) -> tuple[nnx.State, list[str]]:
+    """Pretrained parameters; what the checkpoint lacks (the score head) is drawn from `seed` and named.
+
+    With a mesh every device reads its own part; without one they are put on the default device.
+    """
+    like = abstract_model(checkpoint.config)[1]
+    if mesh is not None:
+        like = place_abstract(like, mesh)
+    like["score"] = init_score(checkpoint.config, seed)
+    return load_params(checkpoint.path, checkpoint.config, like)
 
 
 def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:

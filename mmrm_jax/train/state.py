@@ -41,6 +41,22 @@ def init_params(config: ModelConfig, seed: int) -> nnx.State:
         return jax.jit(lambda: nnx.split(RewardModel(config, nnx.Rngs(seed)))[1])()
 
 
+def init_score(config: ModelConfig, seed: int) -> nnx.Variable:
+    """The score head of `init_params`, without the rest: what is not returned is never allocated."""
+    with nnx.use_eager_sharding(False):
+        return jax.jit(lambda: nnx.split(RewardModel(config, nnx.Rngs(seed)))[1]["score"])()
+
+
+def place_abstract(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Abstract parameters with the shardings they are to have on a mesh."""
+
+    def one(variable: nnx.Variable, sharding: jax.sharding.NamedSharding) -> nnx.Variable:
+        value = variable.get_value()
+        return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return jax.tree.map(one, params, param_shardings(params, mesh), is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def _part(params: nnx.State, names: frozenset[str], *, inside: bool) -> nnx.State:
     """The sub-state whose first path element is (or is not) among `names`."""
     return nnx.State({k: v for k, v in params.items() if (k in names) == inside})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from mmrm_jax.objectives import Objective, Terms, margins
 from mmrm_jax.train.state import TrainState, merge_branch
@@ -20,15 +20,37 @@ Sums = dict[str, tuple[Array, Array]]  # name -> (sum, count): mergeable, exact 
 
 
 def branch_rewards(
-    graphdef: nnx.GraphDef, params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    params: dict[str, nnx.State],
+    frozen: nnx.State,
+    batch: Batch,
+    dtype: jnp.dtype,
+    key: Key[Array, ""] | None = None,
 ) -> dict[str, Float[Array, "G N"]]:
-    """Rewards of every branch in `params`."""
+    """Rewards of every branch in `params`; with a `key`, with drop path in the vision tower (if it has a rate)."""
+    keys = {} if key is None else drop_path_keys(key, batch, tuple(params))
     return {
         branch: nnx.merge(graphdef, merge_branch(trainable, frozen)).rewards(
-            batch.prefixes[branch], batch.responses, batch.response_lengths, dtype
+            batch.prefixes[branch], batch.responses, batch.response_lengths, dtype, keys.get(branch)
         )
         for branch, trainable in params.items()
     }
+
+
+def drop_path_keys(key: Key[Array, ""], batch: Batch, branches: tuple[str, ...]) -> dict[str, Key[Array, " G_or_1"]]:
+    """A key for every group of every branch with an image; one for all groups where they share a blank image.
+
+    A group's draws come from its index in the data: the same for all its responses, and whichever micro-batch, place
+    in the batch or device it lands on.
+    """
+    keys = {}
+    for i, branch in enumerate(sorted(branches)):
+        pixels = batch.prefixes[branch].pixels
+        if pixels is not None:
+            own = jax.random.fold_in(key, i)
+            shared = pixels.shape[0] == 1 and batch.group_index.shape[0] > 1
+            keys[branch] = own[None] if shared else jax.vmap(jax.random.fold_in, (None, 0))(own, batch.group_index)
+    return keys
 
 
 def _sums(terms: Terms, branch_margins: dict[str, Array], batch: Batch) -> Sums:
@@ -51,23 +73,30 @@ def _sums(terms: Terms, branch_margins: dict[str, Array], batch: Batch) -> Sums:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    dtype: jnp.dtype,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch [M, ...]) -> (state, metrics)`: one optimiser step, the same for any M.
+
+    Drop path draws from `seed` and `state.step`, so that a resumed run draws what an uninterrupted one does.
 
     The loss is the mean over all valid comparisons of the whole batch: micro-batches add up gradients of sums, and
     one division by the total count follows. Metrics are means; "sfc/histogram" is counts.
     """
 
-    def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> tuple[Array, Sums]:
-        rewards = branch_rewards(graphdef, params, frozen, batch, dtype)
+    def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, Sums]:
+        rewards = branch_rewards(graphdef, params, frozen, batch, dtype, key)
         branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
         terms = objective.terms(branch_margins, batch.comparisons)
         sums = _sums(terms, branch_margins, batch)
         return sums["loss"][0], sums
 
     def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
-        grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key)
         return grads, sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:

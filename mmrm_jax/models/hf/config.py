@@ -1,14 +1,78 @@
-"""`config.json` of the InternVL chat layout <-> ModelConfig."""
+"""`config.json` <-> ModelConfig, in the InternVL chat layout and in that of transformers' own InternVL ("-hf")."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from mmrm_jax.models.hf.decoder_config import decoder_from_hf, decoder_to_hf
 
-ARCHITECTURES = {"Qwen2ForCausalLM": True, "LlamaForCausalLM": False}  # -> whether q, k, v have biases
+# What the configuration classes assume where a field is absent.
+_CHAT = {"downsample_ratio": 0.5, "ps_version": "v1", "select_layer": -1, "force_image_size": None}
+_CHAT_VISION = {
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "drop_path_rate": 0.0,
+}
+_NATIVE = {
+    "downsample_ratio": 0.5,
+    "image_seq_length": 256,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+}
+_NATIVE_VISION = {
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "norm_type": "layer_norm",
+    "layer_norm_eps": 1e-6,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+    "use_absolute_position_embeddings": True,
+    "hidden_dropout_prob": 0.0,
+    "attention_dropout": 0.0,
+    "projection_dropout": 0.0,
+}
+
+# Fields whose other values this implementation does not compute.
+_REQUIRED = {
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+    "use_absolute_position_embeddings": True,
+    "dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_dropout": 0.0,
+    "projection_dropout": 0.0,
+}
+_CHOICES = {"ps_version": ("v1", "v2"), "norm_type": ("layer_norm", "rms_norm")}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -23,61 +87,112 @@ def read_config(path: Path) -> ModelConfig:
         return config_from_hf(json.loads(file.read_text()))
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from error
-    except (TypeError, IndexError) as error:
-        raise ValueError(f"{file} is not an InternVL configuration: {error}") from error
+    except (TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{file}: not an InternVL configuration: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Raises KeyError for a missing field, ValueError for an unsupported value."""
-    vision, llm = hf["vision_config"], hf["llm_config"]
-    architecture = llm["architectures"][0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"llm_config.architectures is {architecture}; supported: {', '.join(ARCHITECTURES)}")
-    if llm.get("rope_scaling"):
-        raise ValueError(f"llm_config.rope_scaling {llm['rope_scaling']} is not supported")
-    forced = hf.get("force_image_size")
-    if forced is not None and forced != vision["image_size"]:
-        raise ValueError(
-            f"force_image_size is {forced}, vision_config.image_size {vision['image_size']}: they must be equal, since "
-            "position embeddings are not interpolated"
-        )
-    heads = llm["num_attention_heads"]
-    return ModelConfig(
-        vision=VisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["hidden_size"],
-            mlp_width=vision["intermediate_size"],
-            num_layers=vision["num_hidden_layers"],
-            num_heads=vision["num_attention_heads"],
-            norm=vision["norm_type"],
-            norm_eps=vision["layer_norm_eps"],
-            qkv_bias=vision["qkv_bias"],
-            qk_norm=vision["qk_normalization"],
-        ),
-        decoder=DecoderConfig(
-            vocab_size=llm["vocab_size"],
-            width=llm["hidden_size"],
-            mlp_width=llm["intermediate_size"],
-            num_layers=llm["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=llm["num_key_value_heads"],
-            head_width=llm.get("head_dim") or llm["hidden_size"] // heads,
-            rope_theta=llm["rope_theta"],
-            norm_eps=llm["rms_norm_eps"],
-            qkv_bias=ARCHITECTURES[architecture],
-        ),
-        downsample_ratio=hf["downsample_ratio"],
-        pixel_shuffle=hf["ps_version"],
-        select_layer=hf["select_layer"],
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Either layout; a field that is absent has its configuration class's default.
+
+    Raises KeyError for a field without one, ValueError naming a field with an unsupported value.
+    """
+    return _from_native(hf) if "text_config" in hf else _from_chat(hf)
+
+
+def _with_defaults(section: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {**defaults, **section}
+    for name in defaults:
+        if name in _REQUIRED and fields[name] != _REQUIRED[name]:
+            raise ValueError(f"{where}{name} is {fields[name]!r}; supported: {_REQUIRED[name]!r}")
+        if name in _CHOICES and fields[name] not in _CHOICES[name]:
+            raise ValueError(f"{where}{name} is {fields[name]!r}; supported: {', '.join(_CHOICES[name])}")
+    return fields
+
+
+def _from_chat(hf: Mapping[str, Any]) -> ModelConfig:
+    v = _with_defaults(hf["vision_config"], _CHAT_VISION, "vision_config.")
+    c = _with_defaults(hf, _CHAT, "")
+    forced = c["force_image_size"] or v["image_size"]
+    vision = VisionConfig(
+        image_size=forced,
+        patch_size=v["patch_size"],
+        width=v["hidden_size"],
+        mlp_width=v["intermediate_size"],
+        num_layers=v["num_hidden_layers"],
+        num_heads=v["num_attention_heads"],
+        norm=v["norm_type"],
+        norm_eps=v["layer_norm_eps"],
+        qkv_bias=v["qkv_bias"],
+        qk_norm=v["qk_normalization"],
+        position_image_size=None if forced == v["image_size"] else v["image_size"],
+        drop_path_rate=v["drop_path_rate"],
     )
+    decoder = decoder_from_hf(hf["llm_config"], "llm_config")
+    size = "vision_config.image_size" if c["force_image_size"] is None else "force_image_size"
+    return _model(vision, decoder, c["downsample_ratio"], c["ps_version"], c["select_layer"], size)
+
+
+def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
+    v = _with_defaults(hf.get("vision_config") or {}, _NATIVE_VISION, "vision_config.")
+    c = _with_defaults(hf, _NATIVE, "")
+    if v["use_qk_norm"] and v["layer_norm_eps"] != 1e-6:
+        raise ValueError(f"vision_config.layer_norm_eps is {v['layer_norm_eps']}; with use_qk_norm supported: 1e-06")
+    if not isinstance(c["vision_feature_layer"], int):
+        raise ValueError(f"vision_feature_layer is {c['vision_feature_layer']}; supported: one layer")
+    vision = VisionConfig(
+        image_size=_square(v["image_size"], "image_size"),
+        patch_size=_square(v["patch_size"], "patch_size"),
+        width=v["hidden_size"],
+        mlp_width=v["intermediate_size"],
+        num_layers=v["num_hidden_layers"],
+        num_heads=v["num_attention_heads"],
+        norm=v["norm_type"],
+        norm_eps=v["layer_norm_eps"],
+        qkv_bias=v["attention_bias"],
+        qk_norm=v["use_qk_norm"],
+    )
+    decoder = decoder_from_hf({"model_type": "qwen2", **hf["text_config"]}, "text_config")
+    layer = c["vision_feature_layer"]
+    config = _model(vision, decoder, c["downsample_ratio"], "v2", layer, "vision_config.image_size")
+    if c["image_seq_length"] != config.visual_tokens_per_tile:
+        raise ValueError(
+            f"image_seq_length is {c['image_seq_length']}, but image_size, patch_size and downsample_ratio give "
+            f"{config.visual_tokens_per_tile} tokens"
+        )
+    return config
+
+
+def _square(size: int | list[int], name: str) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"vision_config.{name} is {size}; supported: squares")
+    return height
+
+
+def _model(
+    vision: VisionConfig, decoder: DecoderConfig, ratio: float, shuffle: Any, layer: int, size_field: str
+) -> ModelConfig:
+    for name, size in ((size_field, vision.image_size), ("vision_config.image_size", vision.position_image_size)):
+        if size is not None and size % vision.patch_size:
+            raise ValueError(f"{name} is {size}, not a multiple of vision_config.patch_size {vision.patch_size}")
+    if vision.width % vision.num_heads:
+        raise ValueError(f"vision_config.hidden_size is {vision.width}, not a multiple of {vision.num_heads} heads")
+    merged = vision.image_size // vision.patch_size * ratio
+    if not math.isclose(merged, round(merged)):
+        raise ValueError(f"downsample_ratio is {ratio}: it does not divide a tile into whole visual tokens")
+    if not -vision.num_layers - 1 <= layer <= vision.num_layers:
+        raise ValueError(f"the selected vision layer is {layer}, but there are {vision.num_layers} layers")
+    return ModelConfig(vision, decoder, ratio, shuffle, layer)
 
 
 def config_to_hf(config: ModelConfig, *, template: str, max_tiles: int, use_thumbnail: bool = True) -> dict[str, Any]:
-    """The `config.json` of a model, as `config_from_hf` and the InternVL chat code read it."""
-    v, d = config.vision, config.decoder
+    """The `config.json` of a model in the InternVL chat layout, as `config_from_hf` and the chat code read it.
+
+    Raises ValueError for a decoder that its family's configuration cannot express.
+    """
+    v = config.vision
     return {
         "architectures": ["InternVLRewardModel"],
         "model_type": "internvl_chat",
@@ -92,27 +207,14 @@ def config_to_hf(config: ModelConfig, *, template: str, max_tiles: int, use_thum
         "template": template,
         "torch_dtype": "float32",
         "use_thumbnail": use_thumbnail,
-        "llm_config": {
-            "architectures": ["Qwen2ForCausalLM" if d.qkv_bias else "LlamaForCausalLM"],
-            "model_type": "qwen2" if d.qkv_bias else "llama",
-            "hidden_act": "silu",
-            "hidden_size": d.width,
-            "intermediate_size": d.mlp_width,
-            "num_attention_heads": d.num_heads,
-            "num_hidden_layers": d.num_layers,
-            "num_key_value_heads": d.num_kv_heads,
-            "rms_norm_eps": d.norm_eps,
-            "rope_theta": d.rope_theta,
-            "tie_word_embeddings": True,
-            "vocab_size": d.vocab_size,
-        },
+        "llm_config": decoder_to_hf(config.decoder),
         "vision_config": {
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
-            "drop_path_rate": 0.0,
+            "drop_path_rate": v.drop_path_rate,
             "hidden_act": "gelu",
             "hidden_size": v.width,
-            "image_size": v.image_size,
+            "image_size": v.position_image_size or v.image_size,
             "intermediate_size": v.mlp_width,
             "layer_norm_eps": v.norm_eps,
             "norm_type": v.norm,
@@ -121,5 +223,49 @@ def config_to_hf(config: ModelConfig, *, template: str, max_tiles: int, use_thum
             "patch_size": v.patch_size,
             "qk_normalization": v.qk_norm,
             "qkv_bias": v.qkv_bias,
+        },
+    }
+
+
+def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, Any]:
+    """The `config.json` of a model in the layout of transformers' `InternVLForConditionalGeneration`.
+
+    That layout cannot hold a drop path rate: it is left out. Raises ValueError for what its code does not compute.
+    """
+    v = config.vision
+    for name, value, want in (
+        ("family", config.decoder.family == "internlm2", False),
+        ("pixel_shuffle", config.pixel_shuffle, "v2"),
+        ("position_image_size", v.position_image_size, None),
+    ):
+        if value != want:
+            raise ValueError(
+                f"{name}: this model has no form in transformers' own InternVL layout; use the chat layout"
+            )
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "downsample_ratio": config.downsample_ratio,
+        "image_seq_length": config.visual_tokens_per_tile,
+        "image_token_id": image_token_id,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default",
+        "text_config": decoder_to_hf(config.decoder),
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "attention_bias": v.qkv_bias,
+            "hidden_act": "gelu",
+            "hidden_size": v.width,
+            "image_size": [v.image_size, v.image_size],
+            "intermediate_size": v.mlp_width,
+            "layer_norm_eps": v.norm_eps,
+            "norm_type": v.norm,
+            "num_attention_heads": v.num_heads,
+            "num_hidden_layers": v.num_layers,
+            "patch_size": [v.patch_size, v.patch_size],
+            "use_mean_pooling": True,
+            "use_qk_norm": v.qk_norm,
         },
     }

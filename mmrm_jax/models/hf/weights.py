@@ -2,86 +2,256 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mmrm_jax.config import ModelConfig
-from mmrm_jax.models.hf.names import Entry, from_hf, hf_shape, name_table, to_hf
+from mmrm_jax.models.hf.names import (
+    PROXY_PREFIX,
+    UNUSED,
+    Branch,
+    CheckpointLayout,
+    Entry,
+    canonical_name,
+    checkpoint_layout,
+    name_table,
+)
+from mmrm_jax.models.hf.tensors import INDEX, SINGLE, Tensor, open_tensors, weight_files
 
-# Tensors a checkpoint may hold that a reward model has no use for.
-UNUSED = frozenset({"language_model.lm_head.weight"})
+FLOATS = ("F32", "F16", "BF16")
+
+Index = tuple[slice, ...]
 
 
 def _values(params: nnx.State) -> dict[tuple[str, ...], nnx.Variable]:
     return {tuple(str(p) for p in path): v for path, v in nnx.to_flat_state(params)}
 
 
-def _layers(entry: Entry, shape: tuple[int, ...]) -> Iterable[tuple[int | None, str, tuple[int, ...]]]:
-    """(layer or None, tensor name, unstacked shape) of every tensor an entry stands for."""
+def _layers(entry: Entry, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """(tensor name, shape of our part of it) of every layer's tensor, or of the one there is."""
     if "{}" not in entry.name:
-        return [(None, entry.name, shape)]
-    return [(i, entry.name.format(i), shape[1:]) for i in range(shape[0])]
+        return [(entry.name, shape)]
+    return [(entry.name.format(i), shape[1:]) for i in range(shape[0])]
 
 
-def load_params(path: Path, config: ModelConfig, init: nnx.State) -> tuple[nnx.State, list[str]]:
-    """Parameters of a checkpoint folder's `model.safetensors`, in float32.
+def load_params(
+    path: Path, config: ModelConfig, like: nnx.State, *, branch: Branch = "primary"
+) -> tuple[nnx.State, list[str]]:
+    """Parameters from a checkpoint folder in either layout, of one file or several; and which of them it lacks.
 
-    `init` gives the structure, and the values of `score` where the checkpoint has no `score.weight`; the second
-    result names what was so initialised. Raises ValueError listing missing, unknown and mis-shaped tensors.
+    `like` has the parameters' structure, shapes and dtypes: arrays or ShapeDtypeStructs. Those with a sharding (an
+    array that is committed to its devices has one) are read onto it, each device's part on its own, straight from the
+    slices of the files that it needs. `score` may be missing from the checkpoint where `like` has a value for it,
+    which is kept. `branch` "proxy" reads the proxy of a checkpoint that was saved with it.
+
+    Raises ValueError listing missing, unknown, mis-shaped and mis-typed tensors, and for unreadable files.
     """
-    file = path / "model.safetensors"
-    values = _values(init)
-    plan = [(e, *t) for e in name_table(config) for t in _layers(e, values[e.path].get_value().shape)]
-    try:
-        with safe_open(file, framework="numpy") as f:
-            present = set(f.keys())
-            problems = _problems(f, plan, present, config)
-            if problems:
-                raise ValueError(f"{file} does not fit its config.json:\n  " + "\n  ".join(problems))
-            read = {name: f.get_tensor(name).astype(np.float32) for _, _, name, _ in plan if name in present}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    arrays: dict[tuple[str, ...], list[np.ndarray]] = {}
-    for entry, _, name, shape in plan:
-        if name in read:
-            arrays.setdefault(entry.path, []).append(from_hf(read[name], entry.layout, shape))
-    stacked = {e.path: "{}" in e.name for e in name_table(config)}
+    tensors = _of_branch(open_tensors(path), branch)
+    layout = checkpoint_layout(tensors)
+    tensors = {canonical_name(name, layout): t for name, t in tensors.items()}
+    values = _values(like)
+    table = {entry.path: entry for entry in name_table(config, layout)}
+    kept = {p for p, e in table.items() if p == ("score",) and e.name not in tensors and _is_concrete(values.get(p))}
+    problems = _problems(tensors, {p: table[p] for p in values if p not in kept}, values, list(table.values()), config)
+    if problems:
+        raise ValueError(f"{weight_files(path)[0]} does not fit its config.json:\n  " + "\n  ".join(problems))
 
     def fill(at: tuple, variable: nnx.Variable) -> nnx.Variable:
         key = tuple(str(p.key) for p in at if isinstance(p, jax.tree_util.DictKey))
-        if key not in arrays:
-            return variable
-        return variable.replace(jnp.asarray(np.stack(arrays[key]) if stacked[key] else arrays[key][0]))
+        return variable if key in kept else variable.replace(_read_array(table[key], variable, tensors))
 
-    filled = jax.tree_util.tree_map_with_path(fill, init, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return filled, [".".join(k) for k in values if k not in arrays]
+    filled = jax.tree_util.tree_map_with_path(fill, like, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return filled, [".".join(k) for k in values if k in kept]
 
 
-def _problems(f, plan: list, present: set[str], config: ModelConfig) -> list[str]:
-    expected = {name: hf_shape(shape, entry, config) for entry, _, name, shape in plan}
-    missing = sorted(expected.keys() - present - {"score.weight"})
-    unknown = sorted(present - expected.keys() - UNUSED)
-    shapes = {n: tuple(f.get_slice(n).get_shape()) for n in sorted(expected.keys() & present)}
-    wrong = [f"{n} is {s}, config.json says {expected[n]}" for n, s in shapes.items() if s != expected[n]]
-    return [f"missing: {n}" for n in missing] + [f"unknown: {n}" for n in unknown] + [f"shape: {w}" for w in wrong]
+def _is_concrete(variable: nnx.Variable | None) -> bool:
+    return variable is not None and isinstance(variable.get_value(), jax.Array)
 
 
-def save_params(path: Path, config: ModelConfig, params: nnx.State) -> None:
-    """Write `model.safetensors`, float32, in a fixed order; the inverse of `load_params`."""
+def _of_branch(tensors: dict[str, Tensor], branch: Branch) -> dict[str, Tensor]:
+    if branch == "primary":
+        return {name: t for name, t in tensors.items() if not name.startswith(PROXY_PREFIX)}
+    return {n.removeprefix(PROXY_PREFIX): t for n, t in tensors.items() if n.startswith(PROXY_PREFIX)}
+
+
+def _problems(
+    tensors: dict[str, Tensor], wanted: dict[tuple, Entry], values: dict, table: list[Entry], config: ModelConfig
+) -> list[str]:
+    expected = {}
+    for path, entry in wanted.items():
+        for name, shape in _layers(entry, values[path].get_value().shape):
+            expected[name] = checkpoint_shape(shape, entry, config)
+    # What the table has and `like` leaves out (an image part of a branch without one) is known all the same.
+    stacks = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
+    known = {e.name.format(i) for e in table for i in range(stacks[e.path[0]] if "{}" in e.name else 1)} | UNUSED
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unknown: {name}" for name in sorted(tensors.keys() - known)]
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name]:
+            problems.append(f"shape: {name} is {tensors[name].shape}, config.json says {expected[name]}")
+        if tensors[name].dtype not in FLOATS:
+            problems.append(f"dtype: {name} is {tensors[name].dtype}; supported: {', '.join(FLOATS)}")
+    return problems
+
+
+def checkpoint_shape(shape: tuple[int, ...], entry: Entry, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of the whole tensor in the checkpoint, from that of our (unstacked) part."""
+    if entry.layout == "patches":
+        return (shape[1], 3, config.vision.patch_size, config.vision.patch_size)
+    if entry.layout == "lead1":
+        return (*(1,) * (2 if entry.path[-1] == "class_embedding" else 1), *shape)
+    whole = shape[::-1] if entry.layout == "linear" else shape
+    return whole if entry.rows is None else (entry.rows.total, *whole[1:])
+
+
+def _read_array(entry: Entry, variable: nnx.Variable, tensors: dict[str, Tensor]) -> jax.Array:
+    value = variable.get_value()
+    parts = [tensors[name] for name, _ in _layers(entry, value.shape)]
+
+    def read(index: Index) -> np.ndarray:
+        """A part of the parameter, filled layer by layer."""
+        bounds = [range(*s.indices(n)) for s, n in zip(index, value.shape, strict=True)]
+        out = _aligned(tuple(map(len, bounds)), value.dtype)
+        layers = [(out, parts[0], bounds)]
+        if "{}" in entry.name:
+            layers = [(out[j], parts[i], bounds[1:]) for j, i in enumerate(bounds[0])]
+        for target, tensor, inner in layers:
+            target[...] = _read_part(tensor, entry, tuple(slice(r.start, r.stop) for r in inner))
+        return out
+
+    sharding = getattr(value, "sharding", None) if getattr(value, "committed", True) else None
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(value.shape)))
+    shards, last = [], None
+    # Part by part, so that the host holds one at a time; devices that hold the same part share the read.
+    for device, index in sorted(sharding.addressable_devices_indices_map(value.shape).items(), key=_by_part):
+        if last is None or last[0] != index:
+            last = (index, read(index))
+        shards.append(jax.block_until_ready(jax.device_put(last[1], device)))
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+
+
+def _by_part(item: tuple[Any, Index]) -> tuple[int, ...]:
+    device, index = item
+    return *((s.start or 0) for s in index), device.id
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX's CPU devices take over without a copy: they want 64-byte boundaries."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_part(tensor: Tensor, entry: Entry, index: Index) -> np.ndarray:
+    """A part of our (unstacked) parameter, in its layout, from one checkpoint tensor."""
+    if entry.layout == "patches":
+        rows = tensor.read((index[1], slice(None), slice(None), slice(None)))
+        return rows.reshape(len(rows), -1).T[index[0]]
+    if entry.layout == "lead1":
+        whole = tensor.read((slice(None),) * (len(tensor.shape) - len(index)) + index)
+        return whole.reshape(whole.shape[len(whole.shape) - len(index) :])
+    transposed = index[::-1] if entry.layout == "linear" else index
+    if entry.rows is None:
+        found = tensor.read(transposed)
+    else:
+        pieces = [tensor.read((s, *transposed[1:])) for s in _packed_rows(entry, transposed[0])]
+        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return found.T if entry.layout == "linear" else found
+
+
+def _packed_rows(entry: Entry, ours: slice) -> Iterator[slice]:
+    """Where a range of our rows lies in a packed tensor."""
+    rows = entry.rows
+    assert rows is not None
+    for i in range(ours.start // rows.block, -(-ours.stop // rows.block)):
+        first, last = max(ours.start - i * rows.block, 0), min(ours.stop - i * rows.block, rows.block)
+        yield slice(i * rows.stride + rows.start + first, i * rows.stride + rows.start + last)
+
+
+def save_params(
+    path: Path,
+    config: ModelConfig,
+    params: nnx.State,
+    *,
+    proxy: nnx.State | None = None,
+    layout: CheckpointLayout = "chat",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint, in a fixed order: the inverse of `load_params`.
+
+    It is `model.safetensors`, or several files with an index where that would be larger than `max_file_bytes`. Parts
+    of the model that `params` lacks are left out. With a `proxy` its tensors are written too, under `PROXY_PREFIX`.
+    All parameters must be addressable from this process.
+    """
+    plan = list(_plan(config, params, layout, ""))
+    if proxy is not None:
+        plan += _plan(config, proxy, layout, PROXY_PREFIX)
+    size = 2 if dtype == "bfloat16" else 4
+    files: list[list] = [[]]
+    room = max_file_bytes
+    for item in plan:
+        needed = size * int(np.prod(item[1]))
+        if files[-1] and needed > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(item)
+        room -= needed
+    names = [SINGLE]
+    if len(files) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for name, items in zip(names, files, strict=True):
+        made = {key: _whole(shape, parts, dtype) for key, shape, parts in items}
+        save_file(made, path / name, metadata={"format": "pt"})
+    # What an earlier save left would be taken for this one.
+    (path / (SINGLE if len(files) > 1 else INDEX)).unlink(missing_ok=True)
+    if len(files) > 1:
+        total = size * sum(int(np.prod(shape)) for _, shape, _ in plan)
+        where = {key: name for name, items in zip(names, files, strict=True) for key, _, _ in items}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+Part = tuple[Entry, jax.Array, int | None]  # of a packed tensor: whose rows, and the layer
+
+
+def _plan(
+    config: ModelConfig, params: nnx.State, layout: CheckpointLayout, prefix: str
+) -> Iterator[tuple[str, tuple[int, ...], list[Part]]]:
+    """(name, shape, parts) of every tensor to write."""
     values = _values(params)
-    tensors = {}
-    for entry in name_table(config):
-        if entry.path not in values:
-            continue
-        whole = np.asarray(values[entry.path].get_value(), np.float32)
-        for layer, name, shape in _layers(entry, whole.shape):
-            ours = whole if layer is None else whole[layer]
-            tensors[name] = np.ascontiguousarray(to_hf(ours, entry.layout, hf_shape(shape, entry, config)))
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    by_name: dict[str, list[Entry]] = {}
+    for entry in name_table(config, layout):
+        if entry.path in values:
+            by_name.setdefault(entry.name, []).append(entry)
+    for entries in by_name.values():
+        arrays = [values[e.path].get_value() for e in entries]
+        for i, (name, shape) in enumerate(_layers(entries[0], arrays[0].shape)):
+            layer = i if "{}" in entries[0].name else None
+            parts = [(e, a, layer) for e, a in zip(entries, arrays, strict=True)]
+            yield prefix + name, checkpoint_shape(shape, entries[0], config), parts
+
+
+def _whole(shape: tuple[int, ...], parts: list[Part], dtype: str) -> np.ndarray:
+    """One checkpoint tensor from our parameters."""
+    out = np.empty(shape, jnp.dtype(dtype))
+    for entry, array, layer in parts:
+        ours = np.asarray(array if layer is None else array[layer])
+        ours = ours.T if entry.layout in ("linear", "patches") else ours
+        if entry.rows is None:
+            out[...] = ours.reshape(shape)
+        else:
+            rows = entry.rows
+            groups = out.reshape(-1, rows.stride, *shape[1:])
+            groups[:, rows.start : rows.start + rows.block] = ours.reshape(-1, rows.block, *shape[1:])
+    return out

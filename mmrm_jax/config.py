@@ -200,6 +200,7 @@ class TrainConfig:
         epochs: Passes over the data.
         seed: Seeds the order of the data and what the checkpoint lacks (the score head).
         freeze: Parts that are not trained: any of vision, projector, decoder, score.
+        drop_path_rate: Of stochastic depth in the vision tower, frozen or not; None takes the checkpoint's own value.
         compute_dtype: Of activations and matrix products; parameters, head, margins and losses are float32.
         optimizer: AdamW and its schedule.
         mesh: Device mesh.
@@ -219,6 +220,7 @@ class TrainConfig:
     epochs: float = 1.0
     seed: int = 0
     freeze: tuple[str, ...] = ("vision",)
+    drop_path_rate: float | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -234,6 +236,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
+        if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"TrainConfig.drop_path_rate is {self.drop_path_rate}; it must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +269,8 @@ class MatrixConfig:
     """Objective x environment x seed: the cross-distribution matrix.
 
     Attributes:
-        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout
-            with a Qwen2 or Llama decoder, one model.safetensors, tokenizer.json and the template chatml-plain.
+        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout,
+            tokenizer.json and the template chatml-plain.
         root: Folder that the environments' paths are relative to.
         image_root: Folder that image paths are relative to; None takes the folder of the file that names them.
         environments: Preference distributions to train and test on.

@@ -54,6 +54,9 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Progra
     objective = find_objective(config.objective)
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
+    if config.drop_path_rate is not None:
+        vision = dataclasses.replace(model.vision, drop_path_rate=config.drop_path_rate)
+        model = dataclasses.replace(model, vision=vision)
     graphdef, params = abstract_model(model)
     views = objective.views(config.proxy_input)
     abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer), params)

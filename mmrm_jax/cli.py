@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -126,6 +126,71 @@ class PrepareArgs:
     json: Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectArgs:
+    """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
+
+    Attributes:
+        path: Checkpoint folder: InternVL's own layout, or that of transformers' InternVLForConditionalGeneration.
+        json: Also write the description to this file.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreArgs:
+    """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
+
+    A row that cannot be used gives a line with "error" in its place. A run of `mmrm train` is scored once
+    `mmrm export` has made a checkpoint folder of it.
+
+    Attributes:
+        model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
+        data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        dtype: Of activations and matrix products; the head and the rewards are float32.
+        batch_size: Rows a step.
+        buckets: How many padded sizes the response length may take: the bound on compilations.
+        draw_score: For a checkpoint without a score head: the seed that a random one is drawn from.
+        json: Also write a summary to this file.
+    """
+
+    model: Path
+    data: str
+    out: Path
+    image_root: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    buckets: int = 4
+    draw_score: int | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained run as a checkpoint folder: safetensors, config.json, tokenizer and preprocessing.
+
+    Attributes:
+        run: Run directory of `mmrm train`.
+        out: New folder.
+        layout: same as that of the checkpoint the run started from; chat is InternVL's own, which the paper's code
+            loads; native is that of transformers' InternVLForConditionalGeneration.
+        dtype: Of the weights.
+        proxy: Write the text-only proxy too, as the paper's code does.
+        json: Also write a summary to this file.
+    """
+
+    run: Path
+    out: Path
+    layout: Literal["same", "chat", "native"] = "same"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    proxy: bool = False
+    json: Path | None = None
+
+
 def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See QuickstartArgs."""
     from mmrm_jax.eval import quickstart as shapes
@@ -195,11 +260,52 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     )
 
 
+def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See InspectArgs."""
+    from mmrm_jax.eval.inspect import inspect_checkpoint, print_description
+
+    args = _parse("inspect", InspectArgs, argv)
+    found = inspect_checkpoint(args.path)
+    print_description(found, console)
+    return _written(args.json, found)
+
+
+def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See ScoreArgs."""
+    from mmrm_jax.eval.score import score_file
+
+    args = _parse("score", ScoreArgs, argv)
+    summary = score_file(
+        args.model,
+        args.data,
+        args.out,
+        image_root=args.image_root,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        buckets=args.buckets,
+        draw_score=args.draw_score,
+        console=console,
+    )
+    return _written(args.json, summary)
+
+
+def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See ExportArgs."""
+    from mmrm_jax.eval.export import export_run
+
+    args = _parse("export", ExportArgs, argv)
+    summary = export_run(args.run, args.out, layout=args.layout, dtype=args.dtype, proxy=args.proxy, console=console)
+    return _written(args.json, summary)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], str]] = {
     "quickstart": (quickstart, "compare objectives on the shapes world; needs nothing but this machine"),
     "matrix": (matrix, "objective x environment on your own files: the cross-distribution matrix"),
     "train": (train, "train one reward model"),
     "evaluate": (evaluate, "evaluate a trained run on a preference file"),
+    "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
+    "score": (score, "rewards of every response in a file"),
+    "export": (export, "a trained run as a checkpoint folder in the Hugging Face layout"),
     "prepare": (prepare, "validate preference files and write them as a data set"),
 }
 

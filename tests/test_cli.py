@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import FAST, run, write_pairs
 from PIL import Image
 
 from mmrm_jax import cli
@@ -18,40 +17,6 @@ from mmrm_jax.eval.matrix import FREE
 from mmrm_jax.eval.matrix_data import fingerprints, open_data, set_names
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config, write_config
-
-FAST = ["--train.batch-size", "8", "--train.log-every", "1", "--train.eval-batch-size", "8"]
-
-
-def run(capsys, *arguments: object) -> tuple[int, str]:
-    """Exit status and everything printed."""
-    argv, sys.argv = sys.argv, ["mmrm", *map(str, arguments)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    captured = capsys.readouterr()
-    return status, captured.out + captured.err
-
-
-def write_pairs(folder: Path, name: str, count: int, *, seed: int = 0) -> Path:
-    """A preference file whose chosen answer names the picture's colour."""
-    rng = np.random.default_rng(seed)
-    colours = {"red": (220, 30, 30), "blue": (30, 60, 220)}
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in range(count):
-        names = list(colours) if rng.random() < 0.5 else list(colours)[::-1]
-        pixels = np.clip(np.asarray(colours[names[0]]) + rng.integers(-20, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
-        image = f"images/{name}-{i}.png"
-        Image.fromarray(pixels).save(folder / image)
-        chosen, rejected = (f"It is {n}." for n in names)
-        rows.append({"id": f"{i}", "prompt": "Colour?", "img_path": image, "chosen": chosen, "rejected": rejected})
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return file
 
 
 def test_help_and_unknown_commands(capsys):

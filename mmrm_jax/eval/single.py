@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -20,9 +17,10 @@ from mmrm_jax.data.records import DataError, raise_first, read_quarantine, summa
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
+from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.summary import percent
 from mmrm_jax.tiny import MODEL_DIR
-from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
+from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
@@ -39,7 +37,7 @@ from mmrm_jax.train.setup import (
     training_sources,
     training_steps,
 )
-from mmrm_jax.train.state import TrainState, abstract_model
+from mmrm_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +161,8 @@ def _scores(
 
 def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console) -> dict[str, Any]:
     """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none."""
-    if not (run / "config.json").exists():
-        raise CheckpointError(f"{run} is not a run directory: it has no config.json")
-    saved = json.loads((run / "config.json").read_text())
-    if "data" not in saved:
-        raise CheckpointError(f"{run} holds no run of `mmrm train`, which names its data in config.json")
-    model = Path(saved.pop("model") or MODEL_DIR)
-    trained_on = saved.pop("data")
-    saved = {k: v for k, v in saved.items() if k not in ("image_root", "fingerprints")}  # of the training data
-    config = _from_json(TrainConfig, saved)
-    checkpoint = open_checkpoint(model, config.data)
+    saved = read_run(run)
+    config, checkpoint, program = saved.config, saved.checkpoint, saved.program
     source, quarantined = open_spec(spec, Path(), image_root)
     data, bad = encode(
         source, checkpoint, merged_views([find_objective(config.objective)], config), config, name=spec, console=console
@@ -182,20 +172,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         raise_first(quarantined)
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
     write_quarantine(quarantine, quarantined)  # afresh; the evaluation adds what it cannot read
-    program = build_program(checkpoint.config, config, 1)
-    like = jax.eval_shape(lambda params: program.init(params, config), abstract_model(checkpoint.config)[1])
-    # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
-    like = jax.tree.map(
-        lambda s, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part),
-        program.shardings,
-        like,
-    )
-    checkpoints = Checkpoints(run / "checkpoints")
-    step = checkpoints.latest()
-    if step is None:
-        raise CheckpointError(f"{run / 'checkpoints'} holds no complete checkpoint: finish the training run first")
-    state = checkpoints.restore(step, like)
-    checkpoints.close()
+    state, _ = saved.restore()
     buckets = buckets_for([data], config.data.buckets)
     console.print(describe_data([data], buckets))
     e = evaluate(
@@ -209,7 +186,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     )
     if not len(e.margins[program.objective.scores]):
         raise DataError(f"{spec} has no comparisons left to evaluate")
-    row = cell_row(_scores(e, program, trained_on, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
+    row = cell_row(_scores(e, program, saved.data, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
     if e.sfc is not None:
         counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
@@ -245,17 +222,3 @@ def _print(row: dict[str, Any], console: Console) -> None:
     console.print(f"mean reward {row['mean_reward']:.3f}, mean margin {row['mean_margin']:.3f}")
     if "sfc_histogram" in row:
         console.print(f"mean SFC {row['sfc_mean']:.3f}; histogram in 20 bins: {row['sfc_histogram']['counts']}")
-
-
-def _from_json(cls: Any, values: dict[str, Any]) -> Any:
-    """A configuration from its `to_json` values."""
-    types = typing.get_type_hints(cls)
-    fields = {}
-    for name, value in values.items():
-        kind = types[name]
-        if dataclasses.is_dataclass(kind):
-            value = _from_json(kind, value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        fields[name] = value
-    return cls(**fields)

@@ -36,12 +36,14 @@ class Checkpoint:
     processor: Processor
 
 
-def open_checkpoint(path: Path, data: DataConfig) -> Checkpoint:
-    """Raises ValueError naming what is missing or unsupported."""
+def open_checkpoint(path: Path, data: DataConfig | None = None) -> Checkpoint:
+    """A checkpoint as it was saved, or with the token budget and the tiling of `data`.
+
+    Raises ValueError naming what is missing or unsupported.
+    """
     config = read_config(path)
-    processor = Processor.from_pretrained(
-        path, config.visual_tokens_per_tile, max_length=data.max_length, max_tiles=data.max_tiles
-    )
+    limits = {} if data is None else {"max_length": data.max_length, "max_tiles": data.max_tiles}
+    processor = Processor.from_pretrained(path, config.visual_tokens_per_tile, **limits)
     # How values are normalised is written beside the tiling, and applied in the model.
     images = processor.preprocessing
     vision = dataclasses.replace(config.vision, mean=images.mean, std=images.std)

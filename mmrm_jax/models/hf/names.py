@@ -18,13 +18,14 @@ Branch = Literal["primary", "proxy"]
 PROXY_PREFIX = "bias_reward_model."
 
 # Tensors a checkpoint may hold that a reward model has no use for: the LM head.
-UNUSED = frozenset({"language_model.lm_head.weight", "language_model.output.weight", "lm_head.weight"})
+UNUSED = frozenset({"language_model.lm_head.weight", "language_model.output.weight"})
 
 # Names in the native model's `state_dict` -> those its `save_pretrained` writes, which the table uses.
 _NATIVE_ALIASES = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
 )
 
 

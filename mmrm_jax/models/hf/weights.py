@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -54,13 +55,7 @@ def load_params(
 
     Raises ValueError listing missing, unknown, mis-shaped and mis-typed tensors, and for unreadable files.
     """
-    tensors = _of_branch(open_tensors(path), branch)
-    layout = checkpoint_layout(tensors)
-    tensors = {canonical_name(name, layout): t for name, t in tensors.items()}
-    values = _values(like)
-    table = {entry.path: entry for entry in name_table(config, layout)}
-    kept = {p for p, e in table.items() if p == ("score",) and e.name not in tensors and _is_concrete(values.get(p))}
-    problems = _problems(tensors, {p: table[p] for p in values if p not in kept}, values, list(table.values()), config)
+    tensors, table, kept, problems = _compared(path, config, like, branch)
     if problems:
         raise ValueError(f"{weight_files(path)[0]} does not fit its config.json:\n  " + "\n  ".join(problems))
 
@@ -69,11 +64,33 @@ def load_params(
         return variable if key in kept else variable.replace(_read_array(table[key], variable, tensors))
 
     filled = jax.tree_util.tree_map_with_path(fill, like, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return filled, [".".join(k) for k in values if k in kept]
+    return filled, [".".join(k) for k in kept]
 
 
-def _is_concrete(variable: nnx.Variable | None) -> bool:
-    return variable is not None and isinstance(variable.get_value(), jax.Array)
+def checkpoint_problems(path: Path, config: ModelConfig, like: nnx.State, *, branch: Branch = "primary") -> list[str]:
+    """What keeps `load_params` from reading a checkpoint: missing, unknown, mis-shaped and mis-typed tensors.
+
+    Raises ValueError for unreadable files.
+    """
+    return _compared(path, config, like, branch)[-1]
+
+
+def _compared(
+    path: Path, config: ModelConfig, like: nnx.State, branch: Branch
+) -> tuple[dict[str, Tensor], dict[tuple, Entry], list[tuple], list[str]]:
+    """(tensors by their names in the table, the table by path, paths whose value in `like` is kept, problems)."""
+    tensors = _of_branch(open_tensors(path), branch)
+    layout = checkpoint_layout(tensors)
+    tensors = {canonical_name(name, layout): t for name, t in tensors.items()}
+    values = _values(like)
+    table = {entry.path: entry for entry in name_table(config, layout)}
+    kept = [p for p in values if p == ("score",) and table[p].name not in tensors and _is_concrete(values[p])]
+    wanted = {p: table[p] for p in values if p not in kept}
+    return tensors, table, kept, _problems(tensors, wanted, values, list(table.values()), config)
+
+
+def _is_concrete(variable: nnx.Variable) -> bool:
+    return isinstance(variable.get_value(), jax.Array)
 
 
 def _of_branch(tensors: dict[str, Tensor], branch: Branch) -> dict[str, Tensor]:
@@ -184,6 +201,7 @@ def save_params(
     params: nnx.State,
     *,
     proxy: nnx.State | None = None,
+    unused: Mapping[str, Tensor] = MappingProxyType({}),
     layout: CheckpointLayout = "chat",
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_file_bytes: int = 5 * 10**9,
@@ -192,13 +210,15 @@ def save_params(
 
     It is `model.safetensors`, or several files with an index where that would be larger than `max_file_bytes`. Parts
     of the model that `params` lacks are left out. With a `proxy` its tensors are written too, under `PROXY_PREFIX`.
-    All parameters must be addressable from this process.
+    `unused` tensors of the checkpoint that training began with (`unused_tensors`) are carried over. All parameters must
+    be addressable from this process.
     """
-    plan = list(_plan(config, params, layout, ""))
+    plan: list[Planned] = list(_plan(config, params, layout, ""))
     if proxy is not None:
         plan += _plan(config, proxy, layout, PROXY_PREFIX)
+    plan += [(name, tensor.shape, tensor) for name, tensor in sorted(unused.items())]
     size = 2 if dtype == "bfloat16" else 4
-    files: list[list] = [[]]
+    files: list[list[Planned]] = [[]]
     room = max_file_bytes
     for item in plan:
         needed = size * int(np.prod(item[1]))
@@ -211,7 +231,7 @@ def save_params(
     if len(files) > 1:
         names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for name, items in zip(names, files, strict=True):
-        made = {key: _whole(shape, parts, dtype) for key, shape, parts in items}
+        made = {key: _whole(shape, source, dtype) for key, shape, source in items}
         save_file(made, path / name, metadata={"format": "pt"})
     # What an earlier save left would be taken for this one.
     (path / (SINGLE if len(files) > 1 else INDEX)).unlink(missing_ok=True)
@@ -222,13 +242,20 @@ def save_params(
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def unused_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder that a reward model has no use for, by name: the LM head."""
+    tensors = _of_branch(open_tensors(path), "primary")
+    layout = checkpoint_layout(tensors)
+    named = {canonical_name(name, layout): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name in UNUSED}
+
+
 Part = tuple[Entry, jax.Array, int | None]  # of a packed tensor: whose rows, and the layer
+Planned = tuple[str, tuple[int, ...], list[Part] | Tensor]  # name, shape, where it comes from
 
 
-def _plan(
-    config: ModelConfig, params: nnx.State, layout: CheckpointLayout, prefix: str
-) -> Iterator[tuple[str, tuple[int, ...], list[Part]]]:
-    """(name, shape, parts) of every tensor to write."""
+def _plan(config: ModelConfig, params: nnx.State, layout: CheckpointLayout, prefix: str) -> Iterator[Planned]:
+    """Every tensor to write of one branch."""
     values = _values(params)
     by_name: dict[str, list[Entry]] = {}
     for entry in name_table(config, layout):
@@ -242,10 +269,12 @@ def _plan(
             yield prefix + name, checkpoint_shape(shape, entries[0], config), parts
 
 
-def _whole(shape: tuple[int, ...], parts: list[Part], dtype: str) -> np.ndarray:
-    """One checkpoint tensor from our parameters."""
+def _whole(shape: tuple[int, ...], source: list[Part] | Tensor, dtype: str) -> np.ndarray:
+    """One checkpoint tensor from our parameters, or from another checkpoint."""
+    if isinstance(source, Tensor):
+        return source.read((slice(None),) * len(shape)).astype(jnp.dtype(dtype))
     out = np.empty(shape, jnp.dtype(dtype))
-    for entry, array, layer in parts:
+    for entry, array, layer in source:
         ours = np.asarray(array if layer is None else array[layer])
         ours = ours.T if entry.layout in ("linear", "patches") else ours
         if entry.rows is None:

@@ -1,0 +1,172 @@
+"""A trained run out as a checkpoint folder, in again, inspected and scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import FAST, write_pairs
+from commands import run as run_raw
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from mmrm_jax.data.pipeline import buckets_for, index_source
+from mmrm_jax.eval.evaluate import evaluate
+from mmrm_jax.eval.inspect import inspect_checkpoint
+from mmrm_jax.eval.saved_run import read_run
+from mmrm_jax.models.hf.weights import load_params
+from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.setup import merged_views, open_checkpoint, open_spec
+from mmrm_jax.train.state import abstract_model, merge_branch
+
+SETTINGS = [a.replace("--train.", "--") for a in FAST]
+
+
+class NoCapture:
+    """Stands in for `capsys`, which a fixture of the whole module cannot have."""
+
+    def readouterr(self):
+        return type("Captured", (), {"out": "", "err": ""})
+
+
+def run(capsys, *arguments: object) -> tuple[int, str]:
+    """Exit status and everything printed, without line breaks."""
+    status, text = run_raw(capsys, *arguments)
+    return status, " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run of two steps, and what it was trained on."""
+    folder = tmp_path_factory.mktemp("trained")
+    file = write_pairs(folder, "pairs", 12)
+    train = ("train", "--data", file, "--out", folder / "run", "--steps", 2, "--data.holdout", 0, *SETTINGS)
+    assert run(NoCapture(), *train)[0] == 0
+    return folder
+
+
+def flat(params) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+@pytest.mark.parametrize("layout", ["chat", "native"])
+def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, layout):
+    out = tmp_path / "exported"
+    status, text = run(capsys, "export", "--run", trained / "run", "--out", out, "--layout", layout, "--proxy")
+    assert status == 0 and "step 2" in text and f"{layout} layout" in text
+    state, step = read_run(trained / "run").restore()
+    checkpoint = open_checkpoint(out)
+    assert step == 2 and checkpoint.config == read_run(trained / "run").checkpoint.config
+    for branch in ("primary", "proxy"):
+        loaded, drawn = load_params(out, checkpoint.config, abstract_model(checkpoint.config)[1], branch=branch)
+        want, found = flat(merge_branch(state.params[branch], state.frozen)), flat(loaded)
+        assert not drawn and want.keys() == found.keys()
+        assert all(np.array_equal(want[name], found[name]) for name in want)
+    heads = [np.asarray(state.params[branch]["score"].get_value()) for branch in ("primary", "proxy")]
+    assert not np.array_equal(*heads)
+    description = inspect_checkpoint(out)
+    assert description["problems"] == [] and description["layout"] == layout
+    assert description["score_head"] and description["proxy"] and not description["lm_head"]
+    status, text = run(capsys, "export", "--run", trained / "run", "--out", out)
+    assert status == 2 and "holds a checkpoint already" in text
+
+
+def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(MODEL_DIR, base)
+    head = np.random.default_rng(0).normal(size=(2048, 64)).astype(np.float32)
+    name = "language_model.lm_head.weight"
+    save_file(load_file(base / "model.safetensors") | {name: head}, base / "model.safetensors")
+    (base / "generation_config.json").write_text('{"eos_token_id": 2}')
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    file, again = trained / "pairs.jsonl", tmp_path / "run"
+    train = ("train", "--data", file, "--out", again, "--model", base, "--steps", 1, "--data.holdout", 0, *SETTINGS)
+    assert run(capsys, *train)[0] == 0
+    assert run(capsys, "export", "--run", again, "--out", out, "--proxy", "--dtype", "bfloat16")[0] == 0
+    with safe_open(out / "model.safetensors", "numpy") as f:
+        for prefix in ("", "bias_reward_model."):
+            written = f.get_tensor(prefix + name)
+            assert written.dtype.name == "bfloat16"
+            np.testing.assert_array_equal(written.astype(np.float32), head.astype(written.dtype).astype(np.float32))
+    exported = json.loads((out / "config.json").read_text())
+    assert exported == config | {"torch_dtype": "bfloat16"}
+    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert inspect_checkpoint(out)["dtypes"] == {"BF16": 132}
+
+
+def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, trained, tmp_path):
+    model, rows = tmp_path / "model", (trained / "pairs.jsonl").read_text().splitlines()
+    assert run(capsys, "export", "--run", trained / "run", "--out", model)[0] == 0
+    broken = json.loads(rows[3]) | {"id": "broken", "img_path": "images/broken.png"}
+    image = (trained / "images" / "pairs-3.png").read_bytes()
+    (trained / "images" / "broken.png").write_bytes(image[: len(image) // 2])
+    one = {"prompt": "Colour?", "img_path": "images/pairs-0.png", "responses": ["It is red."]}
+    data = trained / "mixed.jsonl"
+    data.write_text("\n".join([*rows[:5], json.dumps(broken), "{cut", json.dumps(one), *rows[5:]]) + "\n")
+    out = tmp_path / "scores.jsonl"
+    status, text = run(capsys, "score", "--model", model, "--data", data, "--out", out, "--batch-size", 8)
+    assert status == 0 and "25 scores of 13 rows" in text and "2 quarantined" in text
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = {i: line["error"] for i, line in enumerate(lines) if "error" in line}
+    assert list(errors) == [10, 11] and "broken.png" in errors[10] and "broken JSON line" in errors[11]
+    assert lines[10]["id"] == "broken" and lines[12]["response"] == "It is red."
+    assert [lines[i]["img_path"] for i in (0, 12)] == ["images/pairs-0.png"] * 2
+    scored = [line["score"] for line in lines if "score" in line]
+    pairs = scored[:10] + scored[11:]
+    saved = read_run(trained / "run")
+    source, _ = open_spec(str(trained / "pairs.jsonl"), Path(), None)
+    encoded, _ = index_source(
+        source, saved.checkpoint.processor, merged_views([saved.program.objective], saved.config), cache=True
+    )
+    state, _ = saved.restore()
+    e = evaluate(saved.program, state, encoded, buckets_for([encoded], 1), batch_size=16)
+    margins = np.asarray(pairs[0::2]) - np.asarray(pairs[1::2])
+    np.testing.assert_allclose(margins, e.margins["primary"], atol=1e-5)
+    np.testing.assert_allclose(np.mean(pairs), e.mean_reward["primary"], atol=1e-5)
+    assert not list(tmp_path.glob("scores.jsonl.*"))
+
+
+def test_a_model_without_a_score_head_is_scored_only_on_demand(capsys, trained, tmp_path):
+    score = ("score", "--model", MODEL_DIR, "--data", trained / "pairs.jsonl", "--out", tmp_path / "s.jsonl")
+    status, text = run(capsys, *score)
+    assert status == 2 and "no score.weight" in text and "--draw-score" in text and not (tmp_path / "s.jsonl").exists()
+    status, text = run(capsys, *score, "--draw-score", 3, "--batch-size", 8)
+    assert status == 0 and "drawn from seed 3: score" in text
+
+
+def test_a_run_without_a_proxy_or_checkpoint_is_refused(capsys, trained, tmp_path):
+    standard = tmp_path / "standard"
+    shutil.copytree(trained / "run", standard)
+    config = json.loads((standard / "config.json").read_text())
+    (standard / "config.json").write_text(json.dumps(config | {"objective": "standard"}))
+    status, text = run(capsys, "export", "--run", standard, "--out", tmp_path / "o", "--proxy")
+    assert status == 2 and "standard, which has no proxy" in text
+    shutil.rmtree(standard / "checkpoints")
+    status, text = run(capsys, "export", "--run", standard, "--out", tmp_path / "o")
+    assert status == 2 and "no complete checkpoint" in text
+    status, text = run(capsys, "export", "--run", MODEL_DIR, "--out", tmp_path / "o")
+    assert status == 2 and "no run of `mmrm train`" in text and not (tmp_path / "o").exists()
+
+
+def test_inspect_names_what_is_missing(capsys, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    status, text = run(capsys, "inspect", folder, "--json", tmp_path / "d.json")
+    assert status == 0 and "nothing but the score head is missing" in text
+    found = json.loads((tmp_path / "d.json").read_text())
+    parts = {k: v for k, v in found["parameters"].items() if k != "total"}
+    assert sum(parts.values()) == found["parameters"]["total"] == 307264 and found["template"] == "chatml-plain"
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["mlp1.1.bias"]
+    save_file(tensors | {"extra": np.zeros(2, np.float32)}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("{")
+    problems = "\n".join(inspect_checkpoint(folder)["problems"])
+    assert "missing: mlp1.1.bias" in problems and "unknown: extra" in problems and "tokenizer.json" in problems
+    (folder / "config.json").unlink()
+    status, text = run(capsys, "inspect", folder)
+    assert status == 2 and "config.json does not exist" in text

@@ -72,8 +72,8 @@ class TrainArgs:
         out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
             goes on from its last checkpoint when the command is given again.
         config: Settings.
-        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout
-            with a Qwen2 or Llama decoder, one model.safetensors, tokenizer.json and the template chatml-plain.
+        model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
+            None takes the tiny model in the package.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
     """

@@ -269,8 +269,8 @@ class MatrixConfig:
     """Objective x environment x seed: the cross-distribution matrix.
 
     Attributes:
-        model: Checkpoint folder; None takes the tiny model in the package. Today it must have the InternVL chat layout,
-            tokenizer.json and the template chatml-plain.
+        model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
+            None takes the tiny model in the package.
         root: Folder that the environments' paths are relative to.
         image_root: Folder that image paths are relative to; None takes the folder of the file that names them.
         environments: Preference distributions to train and test on.

@@ -156,7 +156,7 @@ def variant(folder: Path, name: str, **fields) -> ModelConfig:
     """The tower of a file, in front of a small decoder of the width its projector has."""
     width = load_file(folder / f"vision_{name}.safetensors")["mlp1.3.bias"].shape[0]
     vision = json.loads((folder / f"vision_config_{name}.json").read_text())
-    decoder = dataclasses.replace(DECODER, width=width, head_width=width // DECODER.num_heads)
+    decoder = dataclasses.replace(DECODER, width=width)
     return config_from_hf({"vision_config": vision, "llm_config": decoder_to_hf(decoder), **fields})
 
 

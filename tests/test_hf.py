@@ -282,7 +282,7 @@ def test_absent_fields_have_the_classes_defaults() -> None:
 def test_native_config_round_trip(name: str) -> None:
     config = VARIANTS[name]
     if config.decoder.family == "internlm2" or config.pixel_shuffle == "v1":
-        with pytest.raises(ValueError, match="chat layout"):
+        with pytest.raises(ValueError, match="use the chat layout"):
             config_to_native(config, image_token_id=7)
         return
     hf = json.loads(json.dumps(config_to_native(config, image_token_id=7)))

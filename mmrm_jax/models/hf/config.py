@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from mmrm_jax.config import DecoderConfig, LongRope, ModelConfig, VisionConfig
 from mmrm_jax.models.hf.decoder_config import decoder_from_hf, decoder_to_hf
 
 # What the configuration classes assume where a field is absent.
@@ -232,16 +232,22 @@ def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, A
 
     That layout cannot hold a drop path rate: it is left out. Raises ValueError for what its code does not compute.
     """
-    v = config.vision
-    for name, value, want in (
-        ("family", config.decoder.family == "internlm2", False),
-        ("pixel_shuffle", config.pixel_shuffle, "v2"),
-        ("position_image_size", v.position_image_size, None),
+    v, text, rope = config.vision, decoder_to_hf(config.decoder), config.decoder.rope_scaling
+    for field, expressible in (
+        ("decoder.family", config.decoder.family != "internlm2"),
+        ("decoder.rope_scaling.kind", not isinstance(rope, LongRope) or rope.kind == "su"),
+        ("pixel_shuffle", config.pixel_shuffle == "v2"),
+        ("vision.position_image_size", v.position_image_size is None),
     ):
-        if value != want:
-            raise ValueError(
-                f"{name}: this model has no form in transformers' own InternVL layout; use the chat layout"
-            )
+        if not expressible:
+            raise ValueError(f"transformers' own InternVL layout has no form for this {field}; use the chat layout")
+    if isinstance(rope, LongRope):  # by another name than in Phi-3's own code, which allows no further fields
+        text["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": list(rope.short_factors),
+            "long_factor": list(rope.long_factors),
+            "original_max_position_embeddings": rope.original_length,
+        }
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
@@ -252,7 +258,7 @@ def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, A
         "tie_word_embeddings": True,
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": "default",
-        "text_config": decoder_to_hf(config.decoder),
+        "text_config": text,
         "vision_config": {
             "model_type": "internvl_vision",
             "attention_bias": v.qkv_bias,

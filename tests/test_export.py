@@ -25,6 +25,8 @@ from mmrm_jax.train.state import abstract_model, merge_branch
 
 SETTINGS = [a.replace("--train.", "--") for a in FAST]
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 class NoCapture:
     """Stands in for `capsys`, which a fixture of the whole module cannot have."""

@@ -82,7 +82,7 @@ def abstract_state(program: Program, model: ModelConfig = MODEL, config: TrainCo
     """Shapes and shardings alone, as a new process has them before it restores."""
     _, params = abstract_model(model)
     views = program.objective.views(config.proxy_input)
-    state = jax.eval_shape(lambda p: create_state(p, views, config.freeze, program.optimizer), params)
+    state = jax.eval_shape(lambda p: create_state(p, views, config.freeze, program.optimizer, config.seed), params)
     leaves, treedef = jax.tree.flatten(state)
     placed = zip(leaves, jax.tree.leaves(program.shardings), strict=True)
     return treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])

@@ -118,7 +118,7 @@ def test_unknown_frozen_part_raises() -> None:
 
 def test_frozen_parameters_have_no_moments() -> None:
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    state = create_state(random_params(MODEL, 0), BRANCHES, ("vision", "score"), optimizer)
+    state = create_state(random_params(MODEL, 0), BRANCHES, ("vision", "score"), optimizer, seed=0)
     moments = names(state.opt_state[1][0].mu)
     assert moments == names(state.params)
     assert not any("vision" in n or "score" in n for n in moments)

@@ -74,8 +74,9 @@ def test_training_follows_the_authors(folder: Path, tmp_path: Path) -> None:
     batch = golden_batch(groups, config, micro_batches=parts)
     optimizer = without_vision(make_optimizer(optimizer_config(log), log["steps"], config.decoder.family))
     objective = shortcut_aware if log["robust"] else standard
-    step = jax.jit(make_train_step(abstract_model(config)[0], objective, optimizer, jnp.dtype("float32")))
-    state = TrainState(params, nnx.State({}), optimizer.init(params), jnp.zeros((), jnp.int32))
+    graphdef, zero = abstract_model(config)[0], jnp.zeros((), jnp.int32)
+    step = jax.jit(make_train_step(graphdef, objective, optimizer, jnp.dtype("float32"), "blank"))
+    state = TrainState(params, nnx.State({}), optimizer.init(params), step=zero, seed=zero)
     losses = np.array(log["micro_batch_losses"]).reshape(-1, parts).mean(axis=1)
     for i, entry in enumerate(log["log"]):
         state, metrics = step(state, batch)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from tiny_models import MODEL, make_batch, one_micro, random_group, random_params
 
-from mmrm_jax.config import TrainConfig
+from mmrm_jax.config import BranchInput, TrainConfig
 from mmrm_jax.models.vision import cubic_weights, drop_path
 from mmrm_jax.sharding import make_mesh
 from mmrm_jax.train.program import build_program
@@ -67,7 +67,8 @@ def test_drop_path_rates_grow_linearly_and_keep_the_mean() -> None:
 def rewards(batch, key):
     params = {"primary": random_params(CONFIG, 1)}
     run = functools.partial(branch_rewards, abstract_model(CONFIG)[0], dtype=jnp.dtype("float32"))
-    return np.asarray(jax.jit(run)(params, nnx.State({}), batch, key=key)["primary"])
+    keys = {} if key is None else drop_path_keys(key, batch, {"primary": "multimodal"})
+    return np.asarray(jax.jit(run)(params, nnx.State({}), batch, keys=keys)["primary"])
 
 
 def test_drop_path_belongs_to_the_group() -> None:
@@ -87,27 +88,32 @@ def test_drop_path_belongs_to_the_group() -> None:
     batch = one_micro(make_batch(twins, CONFIG, views=views))
     calm = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path_rate=0.0))
     run = functools.partial(branch_rewards, abstract_model(calm)[0], dtype=jnp.dtype("float32"))
-    same = jax.jit(run)({"primary": random_params(CONFIG, 1)}, nnx.State({}), batch, key=key)["primary"]
+    keys = drop_path_keys(key, batch, views)
+    same = jax.jit(run)({"primary": random_params(CONFIG, 1)}, nnx.State({}), batch, keys=keys)["primary"]
     np.testing.assert_allclose(same, plain, atol=1e-6)
 
 
 def test_branches_draw_on_their_own_and_a_shared_blank_tile_once() -> None:
-    batch = one_micro(make_batch(groups(proxy_tiles=1), CONFIG, views={"primary": "multimodal", "proxy": "blank"}))
-    keys = drop_path_keys(jax.random.key(0), batch, ("primary", "proxy"))
+    views: dict[str, BranchInput] = {"primary": "multimodal", "proxy": "blank"}
+    batch = one_micro(make_batch(groups(proxy_tiles=1), CONFIG, views=views))
+    keys = drop_path_keys(jax.random.key(0), batch, views)
     assert keys["primary"].shape == (4,) and keys["proxy"].shape == (1,)
     drawn = {b: np.asarray(jax.random.key_data(k)) for b, k in keys.items()}
     assert len(np.unique(np.concatenate([drawn["primary"], drawn["proxy"]]), axis=0)) == 5
     batch = one_micro(make_batch(groups(), CONFIG))
-    assert drop_path_keys(jax.random.key(0), batch, ("primary", "proxy")).keys() == {"primary"}
+    views = {"primary": "multimodal", "proxy": "absent"}
+    assert drop_path_keys(jax.random.key(0), batch, views).keys() == {"primary"}
 
 
-def program_and_batch(monkeypatch: pytest.MonkeyPatch, **options):
+def program_and_batch(monkeypatch: pytest.MonkeyPatch, objective: str = "standard", **options):
     """On one device; the warm-up is endless, so that parameters stay where they are."""
-    config = TrainConfig(objective="standard", batch_size=4, **options)
+    config = TrainConfig(objective=objective, batch_size=4, **options)
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr("mmrm_jax.train.program.make_mesh", one)
     program = build_program(CONFIG, config, steps=10**9)
-    batch = make_batch(groups(), CONFIG, micro_batches=config.micro_batches)
+    views = program.objective.views(config.proxy_input)
+    data = groups(proxy_tiles=1 if "blank" in views.values() else 0)
+    batch = make_batch(data, CONFIG, micro_batches=config.micro_batches, views=views)
     return program, program.init(random_params(CONFIG, 1), config), program.put(batch)
 
 
@@ -116,7 +122,7 @@ def losses(program, state, batch, steps: int = 3, start: int = 0) -> list[float]
     state = jax.tree.map(jnp.copy, state)  # a step gives up its state's buffers
     for _ in range(steps):
         state, metrics = program.train_step(state, batch)
-        found.append(float(metrics["primary/loss"]))
+        found.append(float(metrics["loss"]))
     return found
 
 
@@ -134,3 +140,19 @@ def test_training_draws_from_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch
     evaluated = program.eval_step(state.params, state.frozen, micro)["primary/margins"]
     plain = np.mean(np.logaddexp(0, -np.asarray(evaluated)[micro.comparisons.mask]))
     assert np.all(np.abs(np.array(want) - plain) > 1e-4)
+
+
+def test_a_blank_tile_is_drawn_alike_however_the_batch_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        losses(*program_and_batch(monkeypatch, "shortcut_aware", proxy_input="blank", micro_batches=m), steps=1)
+        for m in (1, 2, 4)
+    ]
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+
+
+def test_one_compiled_step_draws_by_the_seed_of_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, state, batch = program_and_batch(monkeypatch)
+    other = program.init(random_params(CONFIG, 1), TrainConfig(objective="standard", batch_size=4, seed=1))
+    want = losses(*program_and_batch(monkeypatch, seed=1), steps=2)
+    np.testing.assert_allclose(losses(program, other, batch, steps=2), want, rtol=1e-6)
+    assert not np.allclose(losses(program, state, batch, steps=2), want, rtol=1e-4)

@@ -34,7 +34,7 @@ class Program:
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
         views = self.objective.views(config.proxy_input)
-        return jax.device_put(create_state(params, views, config.freeze, self.optimizer), self.shardings)
+        return jax.device_put(create_state(params, views, config.freeze, self.optimizer, config.seed), self.shardings)
 
     def put(self, batch: Batch, *, micro: bool = True) -> Batch:
         """Place a host batch on the mesh, leaving out the prefixes of branches this objective does not use."""
@@ -59,10 +59,10 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Progra
         model = dataclasses.replace(model, vision=vision)
     graphdef, params = abstract_model(model)
     views = objective.views(config.proxy_input)
-    abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer), params)
+    abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer, config.seed), params)
     shardings = state_shardings(abstract, mesh)
     dtype = jnp.dtype(config.compute_dtype)
-    train_step = make_train_step(graphdef, objective, optimizer, dtype, config.seed)
+    train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
     return Program(
         objective,

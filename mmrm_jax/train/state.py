@@ -21,12 +21,16 @@ IMAGE_PARTS = ("vision", "projector")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`params[branch]` is what that branch trains; `frozen` holds, once, what some branch uses and does not train."""
+    """`params[branch]` is what that branch trains; `frozen` holds, once, what some branch uses and does not train.
+
+    `seed`, with `step`, is all that a step's random draws depend on.
+    """
 
     params: dict[str, nnx.State]
     frozen: nnx.State
     opt_state: PyTree
     step: jax.Array
+    seed: jax.Array
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -90,11 +94,17 @@ def merge_branch(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
 
 
 def create_state(
-    params: nnx.State, views: dict[str, BranchInput], freeze: tuple[str, ...], optimizer: optax.GradientTransformation
+    params: nnx.State,
+    views: dict[str, BranchInput],
+    freeze: tuple[str, ...],
+    optimizer: optax.GradientTransformation,
+    seed: int,
 ) -> TrainState:
     """The state at step 0."""
     trainable, frozen = split_params(params, views, freeze)
-    return TrainState(trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    return TrainState(
+        trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.int32)
+    )
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -112,4 +122,4 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state, is_leaf=is_variable)
     frozen = param_shardings(state.frozen, mesh)
-    return TrainState(params, frozen, opt_state, replicated(mesh))  # type: ignore[arg-type]
+    return TrainState(params, frozen, opt_state, replicated(mesh), replicated(mesh))  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from mmrm_jax.config import BranchInput
 from mmrm_jax.objectives import Objective, Terms, margins
 from mmrm_jax.train.state import TrainState, merge_branch
 from mmrm_jax.types import Batch, PyTree
@@ -25,10 +28,9 @@ def branch_rewards(
     frozen: nnx.State,
     batch: Batch,
     dtype: jnp.dtype,
-    key: Key[Array, ""] | None = None,
+    keys: Mapping[str, Key[Array, " G_or_1"]] = MappingProxyType({}),
 ) -> dict[str, Float[Array, "G N"]]:
-    """Rewards of every branch in `params`; with a `key`, with drop path in the vision tower (if it has a rate)."""
-    keys = {} if key is None else drop_path_keys(key, batch, tuple(params))
+    """Rewards of every branch in `params`; one in `keys` has drop path in its vision tower, if that has a rate."""
     return {
         branch: nnx.merge(graphdef, merge_branch(trainable, frozen)).rewards(
             batch.prefixes[branch], batch.responses, batch.response_lengths, dtype, keys.get(branch)
@@ -37,19 +39,20 @@ def branch_rewards(
     }
 
 
-def drop_path_keys(key: Key[Array, ""], batch: Batch, branches: tuple[str, ...]) -> dict[str, Key[Array, " G_or_1"]]:
+def drop_path_keys(
+    key: Key[Array, ""], batch: Batch, views: Mapping[str, BranchInput]
+) -> dict[str, Key[Array, " G_or_1"]]:
     """A key for every group of every branch with an image; one for all groups where they share a blank image.
 
     A group's draws come from its index in the data: the same for all its responses, and whichever micro-batch, place
     in the batch or device it lands on.
     """
     keys = {}
-    for i, branch in enumerate(sorted(branches)):
-        pixels = batch.prefixes[branch].pixels
-        if pixels is not None:
+    for i, branch in enumerate(sorted(views)):
+        if batch.prefixes[branch].pixels is not None:
             own = jax.random.fold_in(key, i)
-            shared = pixels.shape[0] == 1 and batch.group_index.shape[0] > 1
-            keys[branch] = own[None] if shared else jax.vmap(jax.random.fold_in, (None, 0))(own, batch.group_index)
+            each = jax.vmap(jax.random.fold_in, (None, 0))
+            keys[branch] = own[None] if views[branch] == "blank" else each(own, batch.group_index)
     return keys
 
 
@@ -77,25 +80,28 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype,
-    seed: int = 0,
+    proxy_input: BranchInput = "absent",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch [M, ...]) -> (state, metrics)`: one optimiser step, the same for any M.
 
-    Drop path draws from `seed` and `state.step`, so that a resumed run draws what an uninterrupted one does.
+    Drop path draws from the state's seed and step, so that a resumed run draws what an uninterrupted one does.
 
     The loss is the mean over all valid comparisons of the whole batch: micro-batches add up gradients of sums, and
     one division by the total count follows. Metrics are means; "sfc/histogram" is counts.
     """
 
+    views = objective.views(proxy_input)
+
     def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, Sums]:
-        rewards = branch_rewards(graphdef, params, frozen, batch, dtype, key)
+        keys = drop_path_keys(key, batch, views)
+        rewards = branch_rewards(graphdef, params, frozen, batch, dtype, keys)
         branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
         terms = objective.terms(branch_margins, batch.comparisons)
         sums = _sums(terms, branch_margins, batch)
         return sums["loss"][0], sums
 
     def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key)
         return grads, sums
 
@@ -113,7 +119,7 @@ def make_train_step(
         params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(params, state.frozen, opt_state, state.step + 1), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return step
 

@@ -241,6 +241,7 @@ def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, A
     ):
         if not expressible:
             raise ValueError(f"transformers' own InternVL layout has no form for this {field}; use the chat layout")
+    text["pad_token_id"] = None  # no token is padding here; Phi-3's default is one that a small vocabulary has not
     if isinstance(rope, LongRope):  # by another name than in Phi-3's own code, which allows no further fields
         text["rope_scaling"] = {
             "rope_type": "longrope",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,16 +81,21 @@ FAMILIES = ("qwen2", "qwen3", "llama with biases", "phi3 longrope")
 
 
 def make_model(
-    name: str, *, seed: int = 0, tied: bool = True, text: Mapping[str, Any] | None = None, **fields: Any
+    name: str,
+    *,
+    tied: bool = True,
+    text: Mapping[str, Any] = MappingProxyType({}),
+    vision: Mapping[str, Any] = MappingProxyType({}),
+    **fields: Any,
 ) -> InternVLForConditionalGeneration:
     """Random in every parameter: as they are initialised, biases are 0 and scales 1, and would hide what is left out."""
-    own, vision, rest = MODELS[name]
+    own_text, own_vision, rest = MODELS[name]
     config = InternVLConfig(
-        vision_config={**VISION, **vision},
-        text_config={**TEXT, **own, **(text or {}), "tie_word_embeddings": tied},
+        vision_config={**VISION, **own_vision, **vision},
+        text_config={**TEXT, **own_text, **text, "tie_word_embeddings": tied},
         **{"image_seq_length": 4, "image_token_id": IMAGE_TOKEN, "tie_word_embeddings": tied, **rest, **fields},
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = InternVLForConditionalGeneration(config).float().eval()
     with torch.no_grad():
         for p in model.parameters():

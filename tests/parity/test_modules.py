@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install 'mmrm-jax[parity]'")
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install -e '.[test,parity]'")
 
 import jax
 import jax.numpy as jnp

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install 'mmrm-jax[parity]'")
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install -e '.[test,parity]'")
 
 import numpy as np
 from commands import FAST, run, write_pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import tracemalloc
@@ -12,14 +13,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 from test_hf import VARIANTS
 from tiny_models import MODEL, flat, random_params
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.hf.config import config_to_hf, config_to_native, read_config
-from mmrm_jax.models.hf.weights import load_params, save_params, unused_tensors
+from mmrm_jax.models.hf.names import name_table
+from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.train.state import abstract_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -191,7 +192,13 @@ def test_tensors_that_changed_places(clean: Path, tmp_path: Path) -> None:
 def test_damaged_indices(tmp_path: Path) -> None:
     save_params(tmp_path, MODEL, random_params(MODEL, 1), max_file_bytes=4000)
     text, want = (tmp_path / INDEX).read_text(), flat(random_params(MODEL, 1))
-    names = [*HOSTILE_VALUES, *(p.name for p in tmp_path.iterdir()), "/etc/passwd", "a\0.safetensors", "\ud800.safetensors"]
+    names = [
+        *HOSTILE_VALUES,
+        *(p.name for p in tmp_path.iterdir()),
+        "/etc/passwd",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+    ]
     names += ["x" * 5000 + ".safetensors", ".safetensors", "..", "./model-00001-of-00002.safetensors"]
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -206,3 +213,41 @@ def test_damaged_indices(tmp_path: Path) -> None:
     for damaged in ("[" * 200_000, '{"weight_map":' * 50_000):
         (tmp_path / INDEX).write_text(damaged)
         assert load(tmp_path) is None
+
+
+CONFIGS = [
+    *(config_to_hf(c, template="chatml", max_tiles=6) for c in VARIANTS.values()),
+    *(config_to_native(VARIANTS[name], image_token_id=7) for name in ("qwen2", "phi3", "qwen3")),
+]
+
+
+@pytest.mark.parametrize("which", range(len(CONFIGS)))
+def test_configurations_that_say_something_else(which: int, tmp_path: Path) -> None:
+    """Read as a model that can be described without its memory, or refused by name of the file."""
+    for seed in SEEDS:
+        damaged = replaced(CONFIGS[which], np.random.default_rng(1000 * which + seed), list(HOSTILE_VALUES))
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        try:
+            config = read_config(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path / "config.json") in str(error)
+            continue
+        assert isinstance(config, ModelConfig)
+        try:
+            hash(config)
+            name_table(config, "native" if "text_config" in damaged else "chat")
+            assert config.visual_tokens_per_tile > 0
+            for part in (config.vision, config.decoder):
+                for field in dataclasses.fields(part):
+                    value = getattr(part, field.name)
+                    if field.type == "int" or (field.type == "int | None" and value is not None):
+                        assert isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**32
+                    if field.type in ("float", "bool"):
+                        assert isinstance(value, {"float": (int, float), "bool": bool}[field.type])
+            assert config.decoder.num_heads % config.decoder.num_kv_heads == 0
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {damaged}") from error
+    for text in ("[" * 200_000, "", "null", "[]", "\xff"):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="config.json"):
+            read_config(tmp_path)

@@ -9,7 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install -e '.[test,parity]'")
 
-from torch_models import FAMILIES, IMAGE_TOKEN, make_model, random_conversations, read_model, save_state_dict, torch_pixels
+from torch_models import (
+    FAMILIES,
+    IMAGE_TOKEN,
+    make_model,
+    random_conversations,
+    read_model,
+    save_state_dict,
+    torch_pixels,
+)
 from transformers import InternVLForConditionalGeneration
 
 from mmrm_jax.models.hf.config import config_to_native

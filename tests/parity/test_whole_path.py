@@ -74,7 +74,9 @@ def test_tokens_and_tiles(era: str, tmp_path: Path) -> None:
             theirs = their_input(tmp_path, image, prompt, response)
             tokens = np.concatenate([conversation.tokens, tail])
             np.testing.assert_array_equal(tokens, theirs["input_ids"][0], err_msg=f"{prompt!r}, {response!r}")
-        slots = theirs["input_ids"][0][: len(conversation.tokens)] == checkpoint.processor.chat.special_id("<IMG_CONTEXT>")
+        slots = theirs["input_ids"][0][: len(conversation.tokens)] == checkpoint.processor.chat.special_id(
+            "<IMG_CONTEXT>"
+        )
         np.testing.assert_array_equal(conversation.visual >= 0, slots)
         np.testing.assert_array_equal(conversation.visual[conversation.visual >= 0], np.arange(int(slots.sum())))
         tiles = theirs["pixel_values"].permute(0, 2, 3, 1).numpy() * np.float32(STD) + np.float32(MEAN)

@@ -88,7 +88,7 @@ def make_model(
     vision: Mapping[str, Any] = MappingProxyType({}),
     **fields: Any,
 ) -> InternVLForConditionalGeneration:
-    """Random in every parameter: as they are initialised, biases are 0 and scales 1, and would hide what is left out."""
+    """Random in every parameter: biases are initialised as 0 and scales as 1, which would hide what is left out."""
     own_text, own_vision, rest = MODELS[name]
     config = InternVLConfig(
         vision_config={**VISION, **own_vision, **vision},

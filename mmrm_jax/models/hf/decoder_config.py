@@ -177,8 +177,9 @@ def check_values(part: VisionConfig | DecoderConfig | RopeScaling, where: str) -
         if field.type == "bool" and not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, not true or false")
         limit = _LIMITS.get(field.name, 2**31 - 1)
-        is_absent = field.type == "int | None" and value is None
-        if str(field.type).startswith("int") and not is_absent and not (type(value) is int and 1 <= value <= limit):
+        if field.type == "int | None" and value is None:
+            continue
+        if str(field.type).startswith("int") and not (type(value) is int and 1 <= value <= limit):
             raise ValueError(f"{name} is {value!r}, not an integer from 1 to {limit}")
         numbers = {"float": (value,), "tuple[float, ...]": value}.get(str(field.type), ())
         lowest = 0.0 if field.name == "drop_path_rate" else math.ulp(0.0)

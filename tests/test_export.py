@@ -85,6 +85,10 @@ def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_pa
     save_file(load_file(base / "model.safetensors") | {name: head}, base / "model.safetensors")
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Model"}}
+    config |= {
+        "dtype": "float32",
+        "llm_config": config["llm_config"] | {"dtype": "float32"},
+    }  # as transformers 5 has it
     (base / "config.json").write_text(json.dumps(config))
     file, again = trained / "pairs.jsonl", tmp_path / "run"
     train = ("train", "--data", file, "--out", again, "--model", base, "--steps", 1, "--data.holdout", 0, *SETTINGS)
@@ -96,7 +100,8 @@ def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_pa
             assert written.dtype.name == "bfloat16"
             np.testing.assert_array_equal(written.astype(np.float32), head.astype(written.dtype).astype(np.float32))
     exported = json.loads((out / "config.json").read_text())
-    assert exported == config | {"torch_dtype": "bfloat16"}
+    llm = config["llm_config"] | {"dtype": "bfloat16"}
+    assert exported == config | {"torch_dtype": "bfloat16", "dtype": "bfloat16", "llm_config": llm}
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert inspect_checkpoint(out)["dtypes"] == {"BF16": 132}
 

@@ -274,7 +274,7 @@ def test_absent_fields_have_the_classes_defaults() -> None:
     assert (config.vision, config.decoder) == (VisionConfig(qkv_bias=False), want)
     config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "phi3"}})
     assert config.decoder == DecoderConfig("phi3", 32064, 3072, 8192, 32, 32, 32, 96, 1e4, None, 1e-5, False)
-    config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "qwen3", "num_attention_heads": 16}})
+    config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "qwen3", "num_attention_heads": 64}})
     assert (config.decoder.head_width, config.decoder.qk_norm, config.decoder.qkv_bias) == (128, True, False)
 
 

@@ -27,6 +27,9 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.75, 1.0)
 IMAGE = {
     "image_processor_type": "GotOcr2ImageProcessorFast",
     "crop_to_patches": False,
+    "do_resize": True,
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
     "min_patches": 1,
     "max_patches": 12,
     "size": {"height": 28, "width": 28},
@@ -185,6 +188,13 @@ CHAT = {"template": "chatml", "vision_config": {"image_size": 28}}
         (
             {"config": {"text_config": {}}, "preprocessor_config": IMAGE | {"size": {"height": 28, "width": 56}}},
             r"preprocessor_config.json: how images are prepared .*28 x 56, but tiles must be square",
+        ),
+        *(
+            (
+                {"config": {"text_config": {}}, "preprocessor_config": IMAGE | {name: value}},
+                rf"preprocessor_config.json: how images are prepared .*{name} is {value!r}; supported: ",
+            )
+            for name, value in (("resample", 2), ("rescale_factor", 1 / 127.5), ("do_normalize", False))
         ),
         (  # transformers would take CLIP's; nothing is assumed
             {

@@ -110,6 +110,8 @@ def native(path: Path, **files: str) -> Path:
 def test_a_native_checkpoint_says_its_format_in_jinja(tmp_path: Path, file: str) -> None:
     native(tmp_path, **{file: json.dumps({"chat_template": NATIVE})})
     assert find_template(tmp_path).name == "chatml"
+    native(tmp_path, **{file: json.dumps({"chat_template": NATIVE.replace("<IMG_CONTEXT>", "<image>")})})
+    assert find_template(tmp_path).name == "chatml"
     # The file of its own comes first.
     system = "{{ '<|im_start|>system\n" + templates._INTERNVL_2_5 + "<|im_end|>\n' }}"
     expanded = NATIVE.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")

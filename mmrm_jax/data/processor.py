@@ -126,6 +126,16 @@ def read_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing
         raise ValueError(f"{file}: how images are prepared cannot be read: {error!r}") from error
 
 
+# Settings of transformers' image processor whose other values are not computed here; 3 is bicubic.
+_NATIVE_REQUIRED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
+
+
 def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing:
     file = path / "processor_config.json"
     processor = read_optional(file)
@@ -137,6 +147,10 @@ def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocess
         file = path / "preprocessor_config.json"
         image = read_object(file)
     try:
+        for name, supported in _NATIVE_REQUIRED.items():
+            given = image.get(name)
+            if given is not None and given != supported:
+                raise ValueError(f"{name} is {given!r}; supported: {supported!r}")
         normalisation = _normalisation(file, {name: image[name] for name in ("image_mean", "image_std")})
         height, width = image["size"]["height"], image["size"]["width"]
         if height != width:

@@ -207,4 +207,6 @@ def _render(text: str) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     rendered = environment.from_string(text).render(messages=messages, add_generation_prompt=False, bos_token="")
     expanded = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
-    return rendered.replace(expanded, IMAGE_CONTEXT).replace(IMAGE_CONTEXT, expanded)
+    # Early conversions spell the image as their processor's placeholder.
+    rendered = rendered.replace(expanded, IMAGE_CONTEXT).replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT)
+    return rendered.replace(IMAGE_CONTEXT, expanded)

@@ -54,7 +54,7 @@ def export_run(
     before = checkpoint_layout(open_tensors(checkpoint.path))
     after: CheckpointLayout = before if layout == "same" else layout
     head = unused_tensors(checkpoint.path)
-    hf = _configuration(checkpoint, before, after, tied=not head) | {"torch_dtype": dtype}
+    hf = _with_dtype(_configuration(checkpoint, before, after, tied=not head), dtype) | {"torch_dtype": dtype}
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.processor.save(out)
     if after == before:
@@ -93,6 +93,12 @@ def _configuration(
     )
     hf["llm_config"]["tie_word_embeddings"] = tied
     return hf
+
+
+def _with_dtype(section: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The section and those inside it, naming this type wherever they name one: "dtype" since transformers 5."""
+    inner = {name: _with_dtype(x, dtype) if isinstance(x, dict) else x for name, x in section.items()}
+    return inner | {name: dtype for name in ("dtype", "torch_dtype") if name in inner}
 
 
 def _copy_companions(source: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrm_jax.config import DecoderConfig, LongRope, ModelConfig, VisionConfig
-from mmrm_jax.models.hf.decoder_config import decoder_from_hf, decoder_to_hf
+from mmrm_jax.models.hf.decoder_config import check_values, decoder_from_hf, decoder_to_hf
 
 # What the configuration classes assume where a field is absent.
 _CHAT = {"downsample_ratio": 0.5, "ps_version": "v1", "select_layer": -1, "force_image_size": None}
@@ -84,10 +84,10 @@ def read_config(path: Path) -> ModelConfig:
     if not file.exists():
         raise ValueError(f"{file} does not exist: {path} is not a checkpoint folder in the Hugging Face layout")
     try:
-        return config_from_hf(json.loads(file.read_text()))
+        return config_from_hf(json.loads(file.read_text(encoding="utf-8")))
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from error
-    except (TypeError, IndexError, AttributeError) as error:
+    except (OSError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{file}: not an InternVL configuration: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -174,6 +174,11 @@ def _square(size: int | list[int], name: str) -> int:
 def _model(
     vision: VisionConfig, decoder: DecoderConfig, ratio: float, shuffle: Any, layer: int, size_field: str
 ) -> ModelConfig:
+    check_values(vision, "vision_config")
+    if isinstance(ratio, bool) or not 0 < ratio <= 1 or not math.isclose(1 / ratio, round(1 / ratio)):
+        raise ValueError(f"downsample_ratio is {ratio!r}, not one over a whole number")
+    if type(layer) is not int:
+        raise ValueError(f"the selected vision layer is {layer!r}, not an integer")
     for name, size in ((size_field, vision.image_size), ("vision_config.image_size", vision.position_image_size)):
         if size is not None and size % vision.patch_size:
             raise ValueError(f"{name} is {size}, not a multiple of vision_config.patch_size {vision.patch_size}")
@@ -241,6 +246,7 @@ def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, A
     ):
         if not expressible:
             raise ValueError(f"transformers' own InternVL layout has no form for this {field}; use the chat layout")
+    text["pad_token_id"] = None  # no token is padding here; Phi-3's default is one that a small vocabulary has not
     if isinstance(rope, LongRope):  # by another name than in Phi-3's own code, which allows no further fields
         text["rope_scaling"] = {
             "rope_type": "longrope",

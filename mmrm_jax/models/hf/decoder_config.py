@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmrm_jax.config import (
     Llama3Rope,
     LongRope,
     RopeScaling,
+    VisionConfig,
 )
 
 
@@ -126,7 +128,7 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
         )
     heads, parameters = c["num_attention_heads"], c["rope_parameters"] or {}
     bias = c[family.bias] if isinstance(family.bias, str) else family.bias
-    return DecoderConfig(
+    config = DecoderConfig(
         family=name,
         vocab_size=c["vocab_size"],
         width=c["hidden_size"],
@@ -142,6 +144,48 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
         o_bias=bias and "o" in family.biased,
         qk_norm=family.qk_norm,
     )
+    check_values(config, where)
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(f"{where}.num_attention_heads is {heads}, not a multiple of {config.num_kv_heads} key heads")
+    if config.head_width % 2:
+        raise ValueError(f"{where}.head_dim is {config.head_width}; rotary embeddings take channels in pairs")
+    if config.rope_scaling is not None:
+        check_values(config.rope_scaling, f"{where}.rope_scaling")
+    return config
+
+
+# Our fields that go by another name in `config.json`, and how large an integer may be where it counts more than memory.
+_NAMES = {
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "position_image_size": "image_size",
+    "max_length": "max_position_embeddings",
+    "original_length": "original_max_position_embeddings",
+}
+_LIMITS = {"num_layers": 10_000}
+
+
+def check_values(part: VisionConfig | DecoderConfig | RopeScaling, where: str) -> None:
+    """Raise ValueError for a field of one part of a configuration that is no value of its type, or no possible one."""
+    for field in dataclasses.fields(part):
+        value: Any = getattr(part, field.name)
+        name = f"{where}.{_NAMES.get(field.name, field.name)}"
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, not true or false")
+        limit = _LIMITS.get(field.name, 2**31 - 1)
+        if field.type == "int | None" and value is None:
+            continue
+        if str(field.type).startswith("int") and not (type(value) is int and 1 <= value <= limit):
+            raise ValueError(f"{name} is {value!r}, not an integer from 1 to {limit}")
+        numbers = {"float": (value,), "tuple[float, ...]": value}.get(str(field.type), ())
+        lowest = 0.0 if field.name == "drop_path_rate" else math.ulp(0.0)
+        for x in numbers:
+            if isinstance(x, bool) or not isinstance(x, int | float) or not lowest <= x < math.inf:
+                raise ValueError(f"{name} is {value!r}, not a positive number")
 
 
 def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
@@ -159,6 +203,8 @@ def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> Rope
         return DynamicRope(float(scaling["factor"]), c["max_position_embeddings"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        if not low < high:
+            raise ValueError(f"{where}.{field}.high_freq_factor is {high}, not above low_freq_factor {low}")
         return Llama3Rope(float(scaling["factor"]), low, high, scaling["original_max_position_embeddings"])
     if kind in ("su", "longrope") or (kind == "yarn" and name == "phi3"):
         return _longrope_from_hf(kind, scaling, c, f"{where}.{field}")

@@ -83,10 +83,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in found.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
     for file in names.values():
-        # A file elsewhere is either an attack or a mistake.
-        if "\\" in file or PurePosixPath(file).name != file or not file.endswith(".safetensors"):
+        # A file elsewhere, or one that no file system can hold, is either an attack or a mistake.
+        elsewhere = "\\" in file or PurePosixPath(file).name != file or not file.endswith(".safetensors")
+        if elsewhere or not file.isprintable() or len(file.encode()) > 255:
             raise ValueError(f"{index} names the file {file!r}: only .safetensors files in its own folder are read")
     return names

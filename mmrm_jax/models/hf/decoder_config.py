@@ -176,10 +176,11 @@ def check_values(part: VisionConfig | DecoderConfig | RopeScaling, where: str) -
         name = f"{where}.{_NAMES.get(field.name, field.name)}"
         if field.type == "bool" and not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, not true or false")
-        limit = _LIMITS.get(field.name, 2**31 - 1)
+        limit: int = _LIMITS.get(field.name) or 2**31 - 1
         if field.type == "int | None" and value is None:
             continue
-        if str(field.type).startswith("int") and not (type(value) is int and 1 <= value <= limit):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if str(field.type).startswith("int") and not (is_integer and 1 <= value <= limit):
             raise ValueError(f"{name} is {value!r}, not an integer from 1 to {limit}")
         numbers = {"float": (value,), "tuple[float, ...]": value}.get(str(field.type), ())
         lowest = 0.0 if field.name == "drop_path_rate" else math.ulp(0.0)

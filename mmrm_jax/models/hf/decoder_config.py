@@ -15,6 +15,7 @@ from mmrm_jax.config import (
     LongRope,
     RopeScaling,
 )
+from mmrm_jax.models.hf.fields import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,8 @@ def find_family(llm: Mapping[str, Any], where: str) -> DecoderFamily:
     """By `architectures`, or `model_type` where there are none. Raises ValueError for an unsupported one."""
     architectures = llm.get("architectures")
     if architectures:
+        if not isinstance(architectures, list):
+            raise ValueError(f"{where}.architectures is {architectures!r:.80}; supported: a list of names")
         for name, family in FAMILIES.items():
             if architectures[0] == family.architecture:
                 return name
@@ -114,7 +117,7 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
     """`where` is the section's name, for messages. Raises ValueError naming a field with an unsupported value."""
     name = find_family(llm, where)
     family = FAMILIES[name]
-    c = {**family.defaults, **llm}
+    c = checked(llm, f"{where}.", family.defaults)
     for field, want in _REQUIRED.items():
         if c[field] != want:
             raise ValueError(f"{where}.{field} is {c[field]!r}; supported: {want!r}")
@@ -124,7 +127,15 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
             f"{where}.sliding_window is {window}, shorter than max_position_embeddings {c['max_position_embeddings']}: "
             "attention within a window is not supported"
         )
-    heads, parameters = c["num_attention_heads"], c["rope_parameters"] or {}
+    heads, parameters = c["num_attention_heads"], checked(c["rope_parameters"] or {}, f"{where}.rope_parameters.", {})
+    kv_heads = c["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise ValueError(f"{where}.num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}")
+    if c["head_dim"] is None and c["hidden_size"] % heads:
+        raise ValueError(f"{where}.hidden_size is {c['hidden_size']}, not a multiple of num_attention_heads {heads}")
+    head_width = c["head_dim"] or c["hidden_size"] // heads
+    if head_width % 2:
+        raise ValueError(f"{where}.head_dim is {head_width}; supported: even numbers, which RoPE turns in pairs")
     bias = c[family.bias] if isinstance(family.bias, str) else family.bias
     return DecoderConfig(
         family=name,
@@ -133,8 +144,8 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
         mlp_width=c["intermediate_size"],
         num_layers=c["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=c["num_key_value_heads"] or heads,
-        head_width=c["head_dim"] or c["hidden_size"] // heads,
+        num_kv_heads=kv_heads,
+        head_width=head_width,
         rope_theta=float(parameters.get("rope_theta", c["rope_theta"])),
         rope_scaling=_rope_from_hf(name, c, where),
         norm_eps=c["rms_norm_eps"],
@@ -147,7 +158,8 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
 def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
     """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
     field = "rope_parameters" if c["rope_parameters"] else "rope_scaling"
-    scaling = c[field] or {}
+    # What is left open is as good as absent.
+    scaling = {k: v for k, v in checked(c[field] or {}, f"{where}.{field}.", {}).items() if v is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}.{field}.partial_rotary_factor is {scaling['partial_rotary_factor']}; supported: 1.0")
@@ -159,6 +171,8 @@ def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> Rope
         return DynamicRope(float(scaling["factor"]), c["max_position_embeddings"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        if low >= high:
+            raise ValueError(f"{where}.{field}.low_freq_factor is {low}, not below high_freq_factor {high}")
         return Llama3Rope(float(scaling["factor"]), low, high, scaling["original_max_position_embeddings"])
     if kind in ("su", "longrope") or (kind == "yarn" and name == "phi3"):
         return _longrope_from_hf(kind, scaling, c, f"{where}.{field}")

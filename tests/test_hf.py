@@ -255,7 +255,7 @@ def test_config_errors_name_file_and_field(tmp_path: Path) -> None:
     )
     assert "ps_version is 'v3'" in broken(lambda c: c.update(ps_version="v3"))
     assert "'llm_config' is missing" in broken(lambda c: c.pop("llm_config"))
-    assert "not an InternVL configuration" in broken(lambda c: c.update(vision_config=7))
+    assert "vision_config is 7; supported: an object" in broken(lambda c: c.update(vision_config=7))
     file.write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: "):
         read_config(tmp_path)
@@ -274,7 +274,7 @@ def test_absent_fields_have_the_classes_defaults() -> None:
     assert (config.vision, config.decoder) == (VisionConfig(qkv_bias=False), want)
     config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "phi3"}})
     assert config.decoder == DecoderConfig("phi3", 32064, 3072, 8192, 32, 32, 32, 96, 1e4, None, 1e-5, False)
-    config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "qwen3", "num_attention_heads": 64}})
+    config = config_from_hf({"vision_config": {}, "llm_config": {"model_type": "qwen3", "num_key_value_heads": 8}})
     assert (config.decoder.head_width, config.decoder.qk_norm, config.decoder.qkv_bias) == (128, True, False)
 
 

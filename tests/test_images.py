@@ -193,10 +193,41 @@ def test_blank_tile_is_a_white_image():
     )
 
 
-@pytest.mark.parametrize("arguments", [(0,), (448, 0), (448, 3, 2)])
-def test_impossible_preprocessing_is_refused(arguments):
-    with pytest.raises(ValueError, match="Preprocessing"):
-        Preprocessing(*arguments)
+def test_a_narrow_column_is_refused_before_it_is_widened():
+    """1 x 400,000 pixels would take 448 x 400,000 on the way; the header alone says so."""
+    p = Preprocessing(448)
+    for make in (lambda: tile_count(1, 400_000, p), lambda: tile_image(Image.new("RGB", (1, 400_000)), p)):
+        with pytest.raises(ImageError, match=r"1 x 400000 pixels cannot be cut .*448 x 400000 pixels, more than"):
+            make()
+    with pytest.raises(ImageError, match="limit"):
+        tile_count(1, 400_000, Preprocessing(448, dynamic=False))
+    with pytest.raises(ImageError, match="max_tiles"):  # the tiles themselves
+        tile_count(9000, 9000, Preprocessing(4096, max_tiles=4))
+    assert tile_count(400_000, 1, p) == 7 and tile_count(100, 100_000, p) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 448.0}, "image_size is 448.0"),
+        ({"max_tiles": 0}, "max_tiles is 0"),
+        ({"max_tiles": 10**9}, "max_tiles is 1000000000; it must be an integer from 1 to 256"),
+        ({"max_tiles": True}, "max_tiles is True"),
+        ({"min_tiles": "1"}, "min_tiles is '1'"),
+        ({"min_tiles": 3, "max_tiles": 2}, "min_tiles <= max_tiles, not 3 and 2"),
+        ({"dynamic": "false"}, "dynamic is 'false'; it must be true or false"),
+        ({"use_thumbnail": 0}, "use_thumbnail is 0"),
+        ({"mean": "abc"}, "mean is 'abc'; it must be three numbers"),
+        ({"mean": ("0.5", 0.5, 0.5)}, "mean is "),
+        ({"std": (1, 1, float("nan"))}, "std is "),
+        ({"std": (1, 1)}, "std is "),
+        ({"std": (1, 1, 0)}, "three positive numbers"),
+    ],
+)
+def test_impossible_preprocessing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=rf"Preprocessing.*{message}"):
+        Preprocessing(**settings)
 
 
 @pytest.mark.filterwarnings("error")

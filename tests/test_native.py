@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import flat, random_params
 
 from mmrm_jax.models.hf.config import config_from_hf, config_to_native, read_config
-from mmrm_jax.models.hf.weights import load_params, save_params
+from mmrm_jax.models.hf.weights import checkpoint_problems, load_params, save_params
 from mmrm_jax.train.state import abstract_model, init_params
 from mmrm_jax.types import Prefix
 
@@ -76,3 +76,20 @@ def test_names_of_state_dict_are_read_too(folder: Path, tmp_path: Path) -> None:
     want, got = (flat(load_params(path, config, init)[0]) for path in (folder, tmp_path))
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+@by_model
+def test_a_tensor_under_two_names_is_reported(folder: Path, tmp_path: Path) -> None:
+    """One of them would win without a word. The LM head is no exception: export carries it over."""
+    config, saved = read_config(folder), load_file(folder / "model.safetensors")
+    name = "language_model.model.norm.weight"
+    alias = name.replace("language_model.model.", "model.language_model.")
+    head = {n: np.zeros((2, 2), np.float32) for n in ("lm_head.weight", "language_model.lm_head.weight")}
+    save_file(saved | {alias: saved[name] + 1} | head, tmp_path / "model.safetensors")
+    want = [
+        "repeated: language_model.lm_head.weight and lm_head.weight name one parameter",
+        f"repeated: {name} and {alias} name one parameter",
+    ]
+    assert checkpoint_problems(tmp_path, config, init_params(config, 0)) == want
+    with pytest.raises(ValueError, match=f"{name} and {alias}"):
+        load_params(tmp_path, config, init_params(config, 0))

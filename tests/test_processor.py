@@ -166,20 +166,45 @@ def test_the_model_normalises_as_its_checkpoint_says(tmp_path) -> None:
 CHAT = {"template": "chatml", "vision_config": {"image_size": 28}}
 
 
+def saved_with(**changes: object) -> dict:
+    """What `Processor.save` writes, with changes."""
+    return {"template": "chatml", "visual_tokens_per_tile": V, "max_length": 9, "preprocessing": {}} | changes
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"config": CHAT | {"pad2square": True}}, r"config.json: pad2square is not supported"),
         ({"config": {"template": "chatml"}}, r"config.json: how images are prepared .*vision_config"),
-        ({"config": CHAT | {"force_image_size": "448"}}, r"config.json: how images are prepared .*'448' is no integer"),
-        ({"config": CHAT | {"max_dynamic_patch": 0}}, r"config.json: how images are prepared .*max_tiles=0"),
-        ({"config": CHAT, "preprocessor_config": {"image_mean": 0.5}}, r"preprocessor_config.json: image_mean is 0.5"),
-        ({"config": CHAT, "preprocessor_config": {"image_std": [1, 2]}}, r"image_std is \[1, 2\], not three"),
+        ({"config": CHAT | {"force_image_size": "448"}}, r"config.json: how images are prepared .*image_size is '448'"),
+        ({"config": CHAT | {"max_dynamic_patch": 0}}, r"config.json: how images are prepared .*max_tiles is 0"),
+        (
+            {"config": CHAT, "preprocessor_config": {"image_mean": 0.5}},
+            r"preprocessor_config.json: image_mean .*mean is 0.5",
+        ),
+        ({"config": CHAT, "preprocessor_config": {"image_std": [1, 2]}}, r"std is \(1, 2\); it must be three"),
         (
             {"config": CHAT, "preprocessor_config": {"image_std": [1, 1, 0]}},
-            r"config.json: how images .*three positive stds",
+            r"preprocessor_config.json: .*three positive numbers",
         ),
+        (
+            {"config": CHAT | {"use_thumbnail": "false"}},
+            r"config.json: how images are prepared .*use_thumbnail is 'false'",
+        ),
+        ({"config": CHAT | {"dynamic_image_size": 0}}, r"config.json: how images are prepared .*dynamic is 0"),
         ({"config": CHAT, SAVED[:-5]: {"template": "chatml"}}, rf"{SAVED} cannot be read: KeyError"),
+        *(
+            ({"config": CHAT, SAVED[:-5]: saved_with(**changes)}, rf"{SAVED} cannot be read: .*{message}")
+            for changes, message in (
+                ({"preprocessing": {"dynamic": "false"}}, "dynamic is 'false'"),
+                ({"preprocessing": {"mean": "abc"}}, "mean is 'abc'"),
+                ({"preprocessing": {"max_tiles": 10**9}}, "max_tiles is 1000000000"),
+                ({"preprocessing": {"max_patches": 3}}, "max_patches"),
+                ({"preprocessing": [28]}, "has no attribute 'items'"),
+                ({"max_length": 0}, "max_length is 0"),
+                ({"max_length": "9"}, "max_length is '9'"),
+            )
+        ),
         ({"config": {"text_config": {}}}, r"preprocessor_config.json does not exist"),
         (
             {"config": {"text_config": {}}, "preprocessor_config": IMAGE | {"size": 448}},

@@ -131,13 +131,38 @@ def test_a_native_checkpoint_says_its_format_in_jinja(tmp_path: Path, file: str)
         ("{{ messages + 1 }}", "cannot be rendered"),
         ("{{ raise_exception('no images') }}", "cannot be rendered"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered.*unsafe"),
+        # Hostile ones: time, memory, recursion, and whatever else a template can make Python raise.
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "cannot be .* than 2 s"),
+        ("{{ 'a' * 10**12 }}", "cannot be rendered .MemoryError"),
+        ("{{ 'a' * 10**8 }}", "cannot be rendered .*100000000 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be rendered .RecursionError"),
+        ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "cannot be rendered .RecursionError"),
+        ("{{ cycler() }}", "cannot be rendered .RuntimeError"),
+        ("{% include 'config.json' %}", "cannot be rendered .TypeError: no loader"),
+        ("{{ '\udc80' }}", r"makes '\\udc80', which is no known"),
     ],
 )
 def test_a_chat_template_that_is_no_known_format(tmp_path: Path, text: str, message: str) -> None:
-    native(tmp_path, chat_template__jinja=text)
-    with pytest.raises(ValueError, match=rf"chat_template.jinja: the chat template {message}"):
+    native(tmp_path, chat_template__json=json.dumps({"chat_template": text}))
+    with pytest.raises(ValueError, match=rf"chat_template.json: the chat template {message}") as error:
         find_template(tmp_path)
-    with pytest.raises(ValueError, match=r'name one of chatml-plain, .*internvl_zh in config.json as "template"'):
+    assert "name one of chatml-plain, " in str(error.value) and 'internvl_zh in config.json as "template"' in str(
+        error.value
+    )
+    assert len(str(error.value)) < 1500
+
+
+def test_tags_of_transformers_chat_templates(tmp_path: Path) -> None:
+    """Loop controls, and the mark around what the assistant says."""
+    text = "{% for x in messages %}{% if loop.index0 > 9 %}{% break %}{% endif %}{% endfor %}" + NATIVE.replace(
+        "{{ content['text'] }}", "{% generation %}{{ content['text'] }}{% endgeneration %}"
+    )
+    assert find_template(native(tmp_path, chat_template__jinja=text)).name == "chatml"
+
+
+def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
+    (native(tmp_path) / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja cannot be read"):
         find_template(tmp_path)
 
 

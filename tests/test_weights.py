@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import DECODER, MODEL, flat, random_params
 
 from mmrm_jax.config import DataConfig, MeshConfig, ModelConfig
+from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.models.hf import tensors
 from mmrm_jax.models.hf.tensors import Tensor
-from mmrm_jax.models.hf.weights import load_params, save_params
+from mmrm_jax.models.hf.weights import checkpoint_problems, load_params, save_params
 from mmrm_jax.sharding import make_mesh, param_shardings
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import initial_params, model_fingerprint, open_checkpoint
@@ -224,3 +226,34 @@ def test_initial_parameters_on_a_mesh_are_those_on_one_device() -> None:
     assert len(flat(spread)["decoder/embedding"].addressable_shards) == 8
     with pytest.raises(ValueError, match=r"missing: score\.weight"):
         load_params(MODEL_DIR, checkpoint.config, abstract_model(checkpoint.config)[1])
+
+
+def test_of_many_problems_the_first_are_listed(tmp_path: Path) -> None:
+    save_params(tmp_path, MODEL, random_params(MODEL, 1))
+    deep = dataclasses.replace(MODEL, decoder=dataclasses.replace(DECODER, num_layers=40))
+    problems = checkpoint_problems(tmp_path, deep, abstract_model(deep)[1])
+    assert len(problems) == 51 and problems[-1] == f"and {38 * 12 - 50} more"
+    with pytest.raises(ValueError, match=f"and {38 * 12 - 50} more$"):
+        load_params(tmp_path, deep, abstract_model(deep)[1])
+
+
+def test_a_tokenizer_and_tiles_that_the_model_cannot_take(tmp_path: Path) -> None:
+    """An id beyond the embedding would be clamped to its last row, and tiles of another size fail in the first step."""
+    shutil.copytree(MODEL_DIR, tmp_path, dirs_exist_ok=True)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    rows = open_checkpoint(tmp_path).processor.chat.tokenizer.get_vocab_size()
+    assert hf["llm_config"]["vocab_size"] == rows
+
+    def problem() -> str:
+        with pytest.raises(ValueError) as error:
+            open_checkpoint(tmp_path)
+        assert str(error.value).split(": ", 1)[1] in "; ".join(inspect_checkpoint(tmp_path)["problems"])
+        return str(error.value)
+
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"llm_config": hf["llm_config"] | {"vocab_size": rows - 1}}))
+    assert f"ids up to {rows - 1}, but vocab_size in config.json is {rows - 1}: give the folder" in problem()
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    processor = open_checkpoint(tmp_path).processor
+    images = dataclasses.replace(processor.preprocessing, image_size=64)
+    dataclasses.replace(processor, preprocessing=images).save(tmp_path)
+    assert "tiles of 64 pixels, but image_size in config.json is 32" in problem()

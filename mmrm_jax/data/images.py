@@ -21,6 +21,9 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 
+# The largest settings that make sense; every image's time and memory grow with them.
+MAX_IMAGE_SIZE, MAX_TILES = 4096, 256
+
 # Only formats that are pictures and decode in-process: Pillow's EPS reader, for one, starts Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -39,7 +42,7 @@ class Preprocessing:
     With `dynamic` the image is cut into the grid of `min_tiles` to `max_tiles` tiles whose aspect ratio is closest to
     its own, and `use_thumbnail` appends the whole image as a last tile where the grid has more than one. Without
     `dynamic` the whole image is the one tile. The model normalises RGB values in 0..1 with `mean` and `std`, by default
-    ImageNet's, as InternVL was trained.
+    ImageNet's, as InternVL was trained. Raises ValueError naming the field whose type or value cannot be.
     """
 
     image_size: int = 448
@@ -51,15 +54,25 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"Preprocessing.image_size is {self.image_size}; it must be at least 1")
-        if not 1 <= self.min_tiles <= self.max_tiles:
-            raise ValueError(
-                "Preprocessing needs 1 <= min_tiles <= max_tiles, "
-                f"not min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
-            )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"Preprocessing needs three means and three positive stds, not {self.mean} and {self.std}")
+        for name, high in (("image_size", MAX_IMAGE_SIZE), ("min_tiles", MAX_TILES), ("max_tiles", MAX_TILES)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= high:
+                raise ValueError(f"Preprocessing.{name} is {value!r}; it must be an integer from 1 to {high}")
+        for name in ("use_thumbnail", "dynamic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Preprocessing.{name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value)):
+                raise ValueError(f"Preprocessing.{name} is {value!r}; it must be three numbers")
+        if min(self.std) <= 0:
+            raise ValueError(f"Preprocessing.std is {self.std}; it must be three positive numbers")
+        if self.min_tiles > self.max_tiles:
+            raise ValueError(f"Preprocessing needs min_tiles <= max_tiles, not {self.min_tiles} and {self.max_tiles}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6
 
 
 def image_size(image: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -141,17 +154,35 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 
-def tile_count(width: int, height: int, preprocessing: Preprocessing) -> int:
-    """How many tiles `tile_image` makes of an image of this size, thumbnail included."""
+def _affordable_grid(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """`tile_grid`, where what `_resize` makes on the way, of the grid's width and the image's height, is not too large.
+
+    Raises ImageError elsewhere: a file of a few bytes may hold a column of millions of pixels.
+    """
     columns, rows = tile_grid(width, height, preprocessing)
+    wide, tall = columns * preprocessing.image_size, max(height, rows * preprocessing.image_size)
+    if wide * tall > MAX_PIXELS:
+        raise ImageError(
+            f"the image of {width} x {height} pixels cannot be cut into {columns} x {rows} tiles: resizing it takes "
+            f"{wide} x {tall} pixels, more than the limit of {MAX_PIXELS:,}; crop it, or lower max_tiles"
+        )
+    return columns, rows
+
+
+def tile_count(width: int, height: int, preprocessing: Preprocessing) -> int:
+    """How many tiles `tile_image` makes of an image of this size, thumbnail included; raises ImageError as it does."""
+    columns, rows = _affordable_grid(width, height, preprocessing)
     tiles = columns * rows
     return tiles + 1 if preprocessing.use_thumbnail and tiles > 1 else tiles
 
 
 def tile_image(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.ndarray, "T S S 3"]:
-    """Cut an RGB image into its tiles, row by row from the top left, the thumbnail last; uint8, S = `image_size`."""
+    """Cut an RGB image into its tiles, row by row from the top left, the thumbnail last; uint8, S = `image_size`.
+
+    Raises ImageError where the image is so tall and narrow that resizing it would take more than `MAX_PIXELS` pixels.
+    """
     side = preprocessing.image_size
-    columns, rows = tile_grid(image.width, image.height, preprocessing)
+    columns, rows = _affordable_grid(image.width, image.height, preprocessing)
     resized = np.asarray(_resize(image, side * columns, side * rows))
     tiles = resized.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(rows * columns, side, side, 3)
     if preprocessing.use_thumbnail and columns * rows > 1:

@@ -115,11 +115,11 @@ def read_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing
         raise ValueError(f"{file}: pad2square is not supported; set it to false")
     try:
         return Preprocessing(
-            image_size=_integer(config.get("force_image_size") or config["vision_config"]["image_size"]),
-            min_tiles=_integer(config.get("min_dynamic_patch", 1)),
-            max_tiles=_integer(config.get("max_dynamic_patch", 6)),
-            use_thumbnail=bool(config.get("use_thumbnail", True)),
-            dynamic=bool(config.get("dynamic_image_size", True)),
+            image_size=config.get("force_image_size") or config["vision_config"]["image_size"],
+            min_tiles=config.get("min_dynamic_patch", 1),
+            max_tiles=config.get("max_dynamic_patch", 6),
+            use_thumbnail=config.get("use_thumbnail", True),
+            dynamic=config.get("dynamic_image_size", True),
             **normalisation,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -156,9 +156,9 @@ def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocess
         if height != width:
             raise ValueError(f"size is {height} x {width}, but tiles must be square")
         return Preprocessing(
-            image_size=_integer(height),
-            min_tiles=_integer(image.get("min_patches", 1)),
-            max_tiles=_integer(image.get("max_patches", 12)),
+            image_size=height,
+            min_tiles=image.get("min_patches", 1),
+            max_tiles=image.get("max_patches", 12),
             **normalisation,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,21 +167,13 @@ def _native_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocess
 
 def _normalisation(file: Path, image: Mapping[str, Any]) -> dict[str, Any]:
     """`image_mean` and `image_std`, as far as the file has them."""
-    found = {}
-    for name, ours in (("image_mean", "mean"), ("image_std", "std")):
-        values = image.get(name)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
-            raise ValueError(f"{file}: {name} is {values!r}, not three numbers")
-        found[ours] = tuple(map(float, values))
-    return found
-
-
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no integer")
-    return value
+    given = {ours: image.get(name) for name, ours in (("image_mean", "mean"), ("image_std", "std"))}
+    found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    try:
+        checked = Preprocessing(**found)
+    except ValueError as error:
+        raise ValueError(f"{file}: image_mean or image_std cannot be used: {error}") from error
+    return {name: tuple(map(float, getattr(checked, name))) for name in found}
 
 
 def _read_saved(
@@ -191,7 +183,9 @@ def _read_saved(
     try:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["preprocessing"].items()}
         template, preprocessing = TEMPLATES[saved["template"]], Preprocessing(**fields)
-        slots, length = saved["visual_tokens_per_tile"], _integer(saved["max_length"])
+        slots, length = saved["visual_tokens_per_tile"], saved["max_length"]
+        if type(length) is not int or length < 1:
+            raise ValueError(f"max_length is {length!r}; it must be a positive integer")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}") from error
     if slots != visual_tokens_per_tile:

@@ -8,12 +8,12 @@ InternVL, MIT licence), which a checkpoint names in `config.json` under `templat
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmrm_jax.data.folder import read_object, read_optional
 
@@ -153,8 +153,8 @@ def find_template(path: Path) -> Template:
 
     `config.json` names it under `template`. A checkpoint of the transformers-native layout has a `chat_template`
     instead (in `chat_template.jinja`, `chat_template.json`, `processor_config.json` or `tokenizer_config.json`): it is
-    rendered in Jinja's sandbox, and the format that spells the same conversation is taken. Raises ValueError listing
-    the known formats where none fits.
+    rendered in Jinja's sandbox, in a process of its own with little time and memory, and the format that spells the
+    same conversation is taken. Raises ValueError listing the known formats where none fits or rendering fails.
     """
     file = path / "config.json"
     config = read_object(file)
@@ -166,21 +166,16 @@ def find_template(path: Path) -> Template:
     source, text = _chat_template(path)
     try:
         rendered = _render(text)
-    except (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # whatever a template runs into
+    except ValueError as error:
         raise ValueError(f"{source}: the chat template cannot be rendered ({error}): {_NAME_ONE}") from error
     for template in TEMPLATES.values():
         if spell(template.pieces("", 1, "\n" + _PROMPT, _RESPONSE)) == rendered:
             return template
-    raise ValueError(f"{source}: the chat template makes {rendered!r}, which is no known format: {_NAME_ONE}")
+    raise ValueError(f"{source}: the chat template makes {rendered[:500]!r}, which is no known format: {_NAME_ONE}")
 
 
 _PROMPT, _RESPONSE = "the prompt", "the response"
+_SECONDS, _BYTES = 2, 2**29
 _NAME_ONE = f'name one of {", ".join(TEMPLATES)} in config.json as "template"'
 
 
@@ -188,7 +183,10 @@ def _chat_template(path: Path) -> tuple[Path, str]:
     """(file, Jinja source) of a folder's chat template, in the order of precedence that transformers has."""
     jinja = path / "chat_template.jinja"
     if jinja.exists():
-        return jinja, jinja.read_text(encoding="utf-8")
+        try:
+            return jinja, jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{jinja} cannot be read: {error}") from error
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         text = read_optional(path / name).get("chat_template")
         if isinstance(text, str):
@@ -197,15 +195,26 @@ def _chat_template(path: Path) -> tuple[Path, str]:
 
 
 def _render(text: str) -> str:
-    """A user turn with an image and an assistant turn, in one spelling of the image."""
+    """A user turn with an image and an assistant turn, in one spelling of the image.
+
+    Raises ValueError where the template fails, or takes more than `_SECONDS` of CPU time or `_BYTES` of memory.
+    """
     user = [{"type": "image"}, {"type": "text", "text": _PROMPT}]
     messages = [
         {"role": "user", "content": user},
         {"role": "assistant", "content": [{"type": "text", "text": _RESPONSE}]},
     ]
-    # As transformers renders chat templates.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    rendered = environment.from_string(text).render(messages=messages, add_generation_prompt=False, bos_token="")
+    variables = {"messages": messages, "add_generation_prompt": False, "bos_token": ""}
+    task = {"template": text, "variables": variables, "seconds": _SECONDS, "bytes": _BYTES}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
+    try:
+        done = subprocess.run(command, input=json.dumps(task).encode(), capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError("it takes more than a minute") from error
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip()[:500]
+        raise ValueError(reason or f"it takes more than {_SECONDS} s or {_BYTES // 2**20} MiB")
+    rendered = json.loads(done.stdout)
     expanded = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
     # Early conversions spell the image as their processor's placeholder.
     rendered = rendered.replace(expanded, IMAGE_CONTEXT).replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT)

@@ -21,6 +21,7 @@ from mmrm_jax.models.hf.names import PROXY_PREFIX, checkpoint_layout
 from mmrm_jax.models.hf.tensors import open_tensors, weight_files
 from mmrm_jax.models.hf.weights import checkpoint_problems, unused_tensors
 from mmrm_jax.models.sizes import INTERNVL2
+from mmrm_jax.train.setup import processor_problems
 from mmrm_jax.train.state import abstract_model
 
 
@@ -93,6 +94,7 @@ def _processing(path: Path, config: ModelConfig, problems: list[str]) -> dict[st
     except ValueError as error:
         problems.append(str(error))
         return {}
+    problems += processor_problems(processor, config)
     return {
         "tokenizer": next(name for name in TOKENIZER_FILES if (path / name).exists()),
         "vocabulary": processor.chat.tokenizer.get_vocab_size(),

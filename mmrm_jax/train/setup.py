@@ -39,15 +39,32 @@ class Checkpoint:
 def open_checkpoint(path: Path, data: DataConfig | None = None) -> Checkpoint:
     """A checkpoint as it was saved, or with the token budget and the tiling of `data`.
 
-    Raises ValueError naming what is missing or unsupported.
+    Raises ValueError naming what is missing or unsupported, and what of its tokenizer and images the model cannot take.
     """
     config = read_config(path)
     limits = {} if data is None else {"max_length": data.max_length, "max_tiles": data.max_tiles}
     processor = Processor.from_pretrained(path, config.visual_tokens_per_tile, **limits)
+    if problems := processor_problems(processor, config):
+        raise ValueError(f"{path}: " + "; ".join(problems))
     # How values are normalised is written beside the tiling, and applied in the model.
     images = processor.preprocessing
     vision = dataclasses.replace(config.vision, mean=images.mean, std=images.std)
     return Checkpoint(path, dataclasses.replace(config, vision=vision), processor)
+
+
+def processor_problems(processor: Processor, config: ModelConfig) -> list[str]:
+    """Where a checkpoint's tokenizer and preprocessing do not fit its model."""
+    problems = []
+    largest, rows = max(processor.chat.tokenizer.get_vocab().values()), config.decoder.vocab_size
+    if largest >= rows:
+        problems.append(
+            f"the tokenizer has ids up to {largest}, but vocab_size in config.json is {rows}: give the folder the "
+            "tokenizer that the model was trained with, or enlarge the embedding"
+        )
+    tile, side = processor.preprocessing.image_size, config.vision.image_size
+    if tile != side:
+        problems.append(f"images are cut into tiles of {tile} pixels, but image_size in config.json is {side}")
+    return problems
 
 
 def model_fingerprint(path: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrm_jax.config import DecoderConfig, LongRope, ModelConfig, VisionConfig
-from mmrm_jax.models.hf.decoder_config import check_values, decoder_from_hf, decoder_to_hf
+from mmrm_jax.models.hf.decoder_config import decoder_from_hf, decoder_to_hf
+from mmrm_jax.models.hf.fields import checked
 
 # What the configuration classes assume where a field is absent.
 _CHAT = {"downsample_ratio": 0.5, "ps_version": "v1", "select_layer": -1, "force_image_size": None}
@@ -78,7 +79,8 @@ _CHOICES = {"ps_version": ("v1", "v2"), "norm_type": ("layer_norm", "rms_norm")}
 def read_config(path: Path) -> ModelConfig:
     """The model configuration of a checkpoint folder.
 
-    Raises ValueError naming the field for an architecture or option that is not supported, and for a missing field.
+    Raises ValueError naming the field for an architecture or option that is not supported, a value that cannot be, and
+    a missing field.
     """
     file = path / "config.json"
     if not file.exists():
@@ -87,22 +89,21 @@ def read_config(path: Path) -> ModelConfig:
         return config_from_hf(json.loads(file.read_text(encoding="utf-8")))
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from error
-    except (OSError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{file}: not an InternVL configuration: {error}") from error
-    except ValueError as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(hf: Any) -> ModelConfig:
     """Either layout; a field that is absent has its configuration class's default.
 
     Raises KeyError for a field without one, ValueError naming a field with an unsupported value.
     """
-    return _from_native(hf) if "text_config" in hf else _from_chat(hf)
+    fields = checked(hf, "", {})
+    return _from_native(fields) if "text_config" in fields else _from_chat(fields)
 
 
-def _with_defaults(section: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    fields = {**defaults, **section}
+def _with_defaults(section: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = checked(section, where, defaults)
     for name in defaults:
         if name in _REQUIRED and fields[name] != _REQUIRED[name]:
             raise ValueError(f"{where}{name} is {fields[name]!r}; supported: {_REQUIRED[name]!r}")
@@ -135,15 +136,13 @@ def _from_chat(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
-    v = _with_defaults(hf.get("vision_config") or {}, _NATIVE_VISION, "vision_config.")
+    v = _with_defaults(_squares(hf.get("vision_config") or {}), _NATIVE_VISION, "vision_config.")
     c = _with_defaults(hf, _NATIVE, "")
     if v["use_qk_norm"] and v["layer_norm_eps"] != 1e-6:
         raise ValueError(f"vision_config.layer_norm_eps is {v['layer_norm_eps']}; with use_qk_norm supported: 1e-06")
-    if not isinstance(c["vision_feature_layer"], int):
-        raise ValueError(f"vision_feature_layer is {c['vision_feature_layer']}; supported: one layer")
     vision = VisionConfig(
-        image_size=_square(v["image_size"], "image_size"),
-        patch_size=_square(v["patch_size"], "patch_size"),
+        image_size=v["image_size"],
+        patch_size=v["patch_size"],
         width=v["hidden_size"],
         mlp_width=v["intermediate_size"],
         num_layers=v["num_hidden_layers"],
@@ -164,17 +163,21 @@ def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _square(size: int | list[int], name: str) -> int:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"vision_config.{name} is {size}; supported: squares")
-    return height
+def _squares(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with one number where a size is [height, width]."""
+    fields = dict(vision)
+    for name in ("image_size", "patch_size"):
+        match fields.get(name):
+            case [height, width] if height == width:
+                fields[name] = height
+            case list() as size:
+                raise ValueError(f"vision_config.{name} is {size!r:.80}; supported: squares")
+    return fields
 
 
 def _model(
     vision: VisionConfig, decoder: DecoderConfig, ratio: float, shuffle: Any, layer: int, size_field: str
 ) -> ModelConfig:
-    check_values(vision, "vision_config")
     if isinstance(ratio, bool) or not 0 < ratio <= 1 or not math.isclose(1 / ratio, round(1 / ratio)):
         raise ValueError(f"downsample_ratio is {ratio!r}, not one over a whole number")
     if type(layer) is not int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,8 @@ from mmrm_jax.config import (
     Llama3Rope,
     LongRope,
     RopeScaling,
-    VisionConfig,
 )
+from mmrm_jax.models.hf.fields import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +100,8 @@ def find_family(llm: Mapping[str, Any], where: str) -> DecoderFamily:
     """By `architectures`, or `model_type` where there are none. Raises ValueError for an unsupported one."""
     architectures = llm.get("architectures")
     if architectures:
+        if not isinstance(architectures, list):
+            raise ValueError(f"{where}.architectures is {architectures!r:.80}; supported: a list of names")
         for name, family in FAMILIES.items():
             if architectures[0] == family.architecture:
                 return name
@@ -116,7 +117,7 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
     """`where` is the section's name, for messages. Raises ValueError naming a field with an unsupported value."""
     name = find_family(llm, where)
     family = FAMILIES[name]
-    c = {**family.defaults, **llm}
+    c = checked(llm, f"{where}.", family.defaults)
     for field, want in _REQUIRED.items():
         if c[field] != want:
             raise ValueError(f"{where}.{field} is {c[field]!r}; supported: {want!r}")
@@ -126,17 +127,25 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
             f"{where}.sliding_window is {window}, shorter than max_position_embeddings {c['max_position_embeddings']}: "
             "attention within a window is not supported"
         )
-    heads, parameters = c["num_attention_heads"], c["rope_parameters"] or {}
+    heads, parameters = c["num_attention_heads"], checked(c["rope_parameters"] or {}, f"{where}.rope_parameters.", {})
+    kv_heads = c["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise ValueError(f"{where}.num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}")
+    if c["head_dim"] is None and c["hidden_size"] % heads:
+        raise ValueError(f"{where}.hidden_size is {c['hidden_size']}, not a multiple of num_attention_heads {heads}")
+    head_width = c["head_dim"] or c["hidden_size"] // heads
+    if head_width % 2:
+        raise ValueError(f"{where}.head_dim is {head_width}; supported: even numbers, which RoPE turns in pairs")
     bias = c[family.bias] if isinstance(family.bias, str) else family.bias
-    config = DecoderConfig(
+    return DecoderConfig(
         family=name,
         vocab_size=c["vocab_size"],
         width=c["hidden_size"],
         mlp_width=c["intermediate_size"],
         num_layers=c["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=c["num_key_value_heads"] or heads,
-        head_width=c["head_dim"] or c["hidden_size"] // heads,
+        num_kv_heads=kv_heads,
+        head_width=head_width,
         rope_theta=float(parameters.get("rope_theta", c["rope_theta"])),
         rope_scaling=_rope_from_hf(name, c, where),
         norm_eps=c["rms_norm_eps"],
@@ -144,55 +153,13 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
         o_bias=bias and "o" in family.biased,
         qk_norm=family.qk_norm,
     )
-    check_values(config, where)
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(f"{where}.num_attention_heads is {heads}, not a multiple of {config.num_kv_heads} key heads")
-    if config.head_width % 2:
-        raise ValueError(f"{where}.head_dim is {config.head_width}; rotary embeddings take channels in pairs")
-    if config.rope_scaling is not None:
-        check_values(config.rope_scaling, f"{where}.rope_scaling")
-    return config
-
-
-# Our fields that go by another name in `config.json`, and how large an integer may be where it counts more than memory.
-_NAMES = {
-    "width": "hidden_size",
-    "mlp_width": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_width": "head_dim",
-    "position_image_size": "image_size",
-    "max_length": "max_position_embeddings",
-    "original_length": "original_max_position_embeddings",
-}
-_LIMITS = {"num_layers": 10_000}
-
-
-def check_values(part: VisionConfig | DecoderConfig | RopeScaling, where: str) -> None:
-    """Raise ValueError for a field of one part of a configuration that is no value of its type, or no possible one."""
-    for field in dataclasses.fields(part):
-        value: Any = getattr(part, field.name)
-        name = f"{where}.{_NAMES.get(field.name, field.name)}"
-        if field.type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}, not true or false")
-        limit: int = _LIMITS.get(field.name) or 2**31 - 1
-        if field.type == "int | None" and value is None:
-            continue
-        is_integer = isinstance(value, int) and not isinstance(value, bool)
-        if str(field.type).startswith("int") and not (is_integer and 1 <= value <= limit):
-            raise ValueError(f"{name} is {value!r}, not an integer from 1 to {limit}")
-        numbers = {"float": (value,), "tuple[float, ...]": value}.get(str(field.type), ())
-        lowest = 0.0 if field.name == "drop_path_rate" else math.ulp(0.0)
-        for x in numbers:
-            if isinstance(x, bool) or not isinstance(x, int | float) or not lowest <= x < math.inf:
-                raise ValueError(f"{name} is {value!r}, not a positive number")
 
 
 def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
     """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
     field = "rope_parameters" if c["rope_parameters"] else "rope_scaling"
-    scaling = c[field] or {}
+    # What is left open is as good as absent.
+    scaling = {k: v for k, v in checked(c[field] or {}, f"{where}.{field}.", {}).items() if v is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}.{field}.partial_rotary_factor is {scaling['partial_rotary_factor']}; supported: 1.0")
@@ -204,8 +171,8 @@ def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> Rope
         return DynamicRope(float(scaling["factor"]), c["max_position_embeddings"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        if not low < high:
-            raise ValueError(f"{where}.{field}.high_freq_factor is {high}, not above low_freq_factor {low}")
+        if low >= high:
+            raise ValueError(f"{where}.{field}.low_freq_factor is {low}, not below high_freq_factor {high}")
         return Llama3Rope(float(scaling["factor"]), low, high, scaling["original_max_position_embeddings"])
     if kind in ("su", "longrope") or (kind == "yarn" and name == "phi3"):
         return _longrope_from_hf(kind, scaling, c, f"{where}.{field}")

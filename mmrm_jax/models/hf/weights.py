@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from mmrm_jax.models.hf.tensors import INDEX, SINGLE, Tensor, open_tensors, weig
 
 FLOATS = ("F32", "F16", "BF16")
 
+# How many problems of a checkpoint are listed: one that does not fit at all has thousands.
+MAX_PROBLEMS = 50
+
 Index = tuple[slice, ...]
 
 
@@ -53,7 +56,7 @@ def load_params(
     slices of the files that it needs. `score` may be missing from the checkpoint where `like` has a value for it,
     which is kept. `branch` "proxy" reads the proxy of a checkpoint that was saved with it.
 
-    Raises ValueError listing missing, unknown, mis-shaped and mis-typed tensors, and for unreadable files.
+    Raises ValueError listing missing, unknown, repeated, mis-shaped and mis-typed tensors, and for unreadable files.
     """
     tensors, table, kept, problems = _compared(path, config, like, branch)
     if problems:
@@ -68,9 +71,10 @@ def load_params(
 
 
 def checkpoint_problems(path: Path, config: ModelConfig, like: nnx.State, *, branch: Branch = "primary") -> list[str]:
-    """What keeps `load_params` from reading a checkpoint: missing, unknown, mis-shaped and mis-typed tensors.
+    """What keeps `load_params` from reading a checkpoint: missing, unknown, repeated, mis-shaped and mis-typed tensors.
 
-    Raises ValueError for unreadable files.
+    Of many problems the first `MAX_PROBLEMS` are listed, and the number of the others. Raises ValueError for unreadable
+    files.
     """
     return _compared(path, config, like, branch)[-1]
 
@@ -79,14 +83,25 @@ def _compared(
     path: Path, config: ModelConfig, like: nnx.State, branch: Branch
 ) -> tuple[dict[str, Tensor], dict[tuple, Entry], list[tuple], list[str]]:
     """(tensors by their names in the table, the table by path, paths whose value in `like` is kept, problems)."""
-    tensors = _of_branch(open_tensors(path), branch)
-    layout = checkpoint_layout(tensors)
-    tensors = {canonical_name(name, layout): t for name, t in tensors.items()}
+    found = _of_branch(open_tensors(path), branch)
+    layout = checkpoint_layout(found)
+    tensors = {canonical_name(name, layout): t for name, t in found.items()}
     values = _values(like)
     table = {entry.path: entry for entry in name_table(config, layout)}
     kept = [p for p in values if p == ("score",) and table[p].name not in tensors and _is_concrete(values[p])]
     wanted = {p: table[p] for p in values if p not in kept}
-    return tensors, table, kept, _problems(tensors, wanted, values, list(table.values()), config)
+    problems = _repeated(found, layout) + _problems(tensors, wanted, values, list(table.values()), config)
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
+    return tensors, table, kept, problems
+
+
+def _repeated(names: Iterable[str], layout: CheckpointLayout) -> list[str]:
+    """Tensors under more than one name, of which only one would be read."""
+    by_own: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_own.setdefault(canonical_name(name, layout), []).append(name)
+    return [f"repeated: {' and '.join(same)} name one parameter" for same in by_own.values() if len(same) > 1]
 
 
 def _is_concrete(variable: nnx.Variable) -> bool:

@@ -77,6 +77,30 @@ def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, la
     assert status == 2 and "holds a checkpoint already" in text
 
 
+def test_the_settings_of_the_data_are_those_of_the_run(capsys, tmp_path):
+    file, run_dir = write_pairs(tmp_path, "pairs", 12), tmp_path / "run"
+    settings = ("--steps", 1, "--data.holdout", 0, "--data.max-length", 200, "--objective", "text_only", *SETTINGS)
+    train = ("train", "--data", file, "--out", run_dir, *settings, "--data.max-tiles")
+    assert run(capsys, *train, 2)[0] == 0
+    saved = read_run(run_dir)
+    assert saved.config.data.max_tiles == 2 and saved.config.data.holdout == 0 and saved.data == str(file)
+    assert saved.checkpoint.processor.max_length == 200 and saved.checkpoint.processor.preprocessing.max_tiles == 2
+    assert run(capsys, "export", "--run", run_dir, "--out", tmp_path / "out")[0] == 0
+    exported = open_checkpoint(tmp_path / "out").processor
+    assert exported.max_length == 200 and exported.preprocessing.max_tiles == 2
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, json.dumps(json.loads(rows[0]) | {"prompt": "Colour? " * 100})]))
+    status, text = run(capsys, "evaluate", "--run", run_dir, "--data", file)
+    assert status == 0 and "1 quarantined" in text and "over the budget of max_length=200" in text
+    file.write_text("\n".join(rows) + "\n")
+    status, text = run(capsys, *train, 3)
+    assert status == 2 and "data.max_tiles: 2 -> 3" in text
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"data": "pairs.jsonl"}))
+    status, text = run(capsys, "evaluate", "--run", run_dir, "--data", file)
+    assert status == 2 and "data is 'pairs.jsonl', which is no setting" in text
+
+
 def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(MODEL_DIR, base)

@@ -52,9 +52,9 @@ def read_run(path: Path) -> SavedRun:
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
     saved = json.loads((path / "config.json").read_text())
-    if "data" not in saved:
+    if "trained_on" not in saved:
         raise CheckpointError(f"{path} holds no run of `mmrm train`, which names its data in config.json")
-    model, data = Path(saved.pop("model") or MODEL_DIR), saved.pop("data")
+    model, data = Path(saved.pop("model") or MODEL_DIR), saved.pop("trained_on")
     saved = {k: v for k, v in saved.items() if k not in ("image_root", "fingerprints")}  # of the training data
     config = _from_json(TrainConfig, saved)
     checkpoint = open_checkpoint(model, config.data)
@@ -62,12 +62,14 @@ def read_run(path: Path) -> SavedRun:
 
 
 def _from_json(cls: Any, values: dict[str, Any]) -> Any:
-    """A configuration from its `to_json` values."""
+    """A configuration from its `to_json` values. Raises CheckpointError naming the field that it does not have."""
     types = typing.get_type_hints(cls)
     fields = {}
     for name, value in values.items():
-        kind = types[name]
-        if dataclasses.is_dataclass(kind):
+        kind = types.get(name)
+        if kind is None or dataclasses.is_dataclass(kind) != isinstance(value, dict):
+            raise CheckpointError(f"config.json: {name} is {value!r:.50}, which is no setting of {cls.__name__}")
+        if isinstance(value, dict):
             value = _from_json(kind, value)
         elif isinstance(value, list):
             value = tuple(value)

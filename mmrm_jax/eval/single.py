@@ -62,7 +62,7 @@ def open_run(
     views = merged_views([find_objective(config.objective)], config)
     source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
     prints = _fingerprints(source, held_out, checkpoint.path)
-    resolved = to_json(config) | {"data": spec, **paths, "fingerprints": prints}
+    resolved = to_json(config) | {"trained_on": spec, **paths, "fingerprints": prints}
     check_config(out, resolved)
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad

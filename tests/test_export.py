@@ -18,10 +18,12 @@ from mmrm_jax.data.pipeline import buckets_for, index_source
 from mmrm_jax.eval.evaluate import evaluate
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.eval.saved_run import read_run
+from mmrm_jax.eval.score import Scored, write_lines
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import merged_views, open_checkpoint, open_spec
 from mmrm_jax.train.state import abstract_model, merge_branch
+from mmrm_jax.types import Group
 
 SETTINGS = [a.replace("--train.", "--") for a in FAST]
 
@@ -155,6 +157,46 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
     np.testing.assert_allclose(margins, e.margins["primary"], atol=1e-5)
     np.testing.assert_allclose(np.mean(pairs), e.mean_reward["primary"], atol=1e-5)
     assert not list(tmp_path.glob("scores.jsonl.*"))
+
+
+def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
+    row = {"id": "v", "prompt": "Colour?", "img_path": "./images/pairs-0.png"}
+    completions = [{"response": r, "annotations": {"A": {"Rating": a}}} for r, a in (("a", "3"), ("b", "3"), ("", "1"))]
+    cut = (trained / "images" / "pairs-0.png").read_bytes()[:60]
+    (trained / "images" / "cut.png").write_bytes(cut)
+    bad = row | {"id": "cut", "img_path": "images/cut.png", "responses": ["a"]}
+    rows = [row | {"completions": completions}, bad, row | {"id": 7, "img_path": None, "responses": ["c"]}]
+    data, out = trained / "every.jsonl", tmp_path / "s.jsonl"
+    score = ("score", "--model", MODEL_DIR, "--draw-score", 3, "--out", out, "--batch-size", 3, "--data")
+    data.write_text("\n".join(map(json.dumps, rows)) + '\n{"\\ud800": 1}')
+    status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
+    assert status == 0 and "3 scores of 2 rows" in text and "3 quarantined" in text
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["id"], line.get("response"), "error" in line) for line in lines] == [
+        *(("v", "a", False), ("v", "b", False), ("v", None, True), ("cut", None, True), ("7", "c", False)),
+        ("every-4", None, True),
+    ]
+    assert [line["img_path"] for line in lines if "score" in line] == ["./images/pairs-0.png"] * 2 + [None]
+    assert json.loads((tmp_path / "summary.json").read_text())["errors"] == 3
+    data.write_text(json.dumps(bad | {"img_path": "pairs.jsonl"}) + "\n{")
+    assert run(capsys, *score, data)[0] == 0
+    assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == [True, True]
+    for extra, reason in (
+        (("--batch-size", 0), "--batch-size is 0; it must be at least 1"),
+        (("--buckets", 0), "--buckets is 0"),
+        (("--out", data), "is the data itself"),
+        (("--out", tmp_path), "is a directory"),
+    ):
+        status, text = run(capsys, *score, data, *extra)
+        assert status == 2 and reason in text and data.read_text().endswith("{")
+
+
+def test_a_score_that_is_not_finite_is_an_error(tmp_path):
+    group = Group("a", "p", ("x", "y"), (), None, "e", "f.jsonl", 4)
+    assert write_lines(tmp_path / "s", [Scored(group, np.asarray([np.nan, 1.0]))])[:2] == (1, 1)
+    good, bad = map(json.loads, (tmp_path / "s").read_text().splitlines())
+    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["row"]) == ("a", 4)
+    assert "that of response 0 is nan" in bad["error"]
 
 
 def test_a_model_without_a_score_head_is_scored_only_on_demand(capsys, trained, tmp_path):

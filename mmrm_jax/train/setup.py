@@ -75,12 +75,14 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
     return load_params(checkpoint.path, checkpoint.config, like)
 
 
-def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
-    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
+def open_spec(
+    spec: str, root: Path, image_root: Path | None, *, comparisons: bool = True
+) -> tuple[GroupSource, list[Quarantined]]:
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`; `comparisons` as in `read_groups`."""
     folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
     if colon:
         return open_source(root / Path(spec).parent / folder, split or None)
-    return open_source(root / spec, image_root=image_root)
+    return open_source(root / spec, image_root=image_root, comparisons=comparisons)
 
 
 def training_sources(
@@ -147,5 +149,6 @@ def encode(
     if config.strict:
         raise_first(quarantined)
     if not any(shape.comparisons for shape in data.shapes):
-        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference")
+        reason = f"; first reason: {quarantined[0].reason}" if quarantined else ""
+        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference{reason}")
     return data, quarantined

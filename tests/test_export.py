@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import FAST, write_pairs
 from commands import run as run_raw
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -62,7 +63,7 @@ def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, la
     out = tmp_path / "exported"
     status, text = run(capsys, "export", "--run", trained / "run", "--out", out, "--layout", layout, "--proxy")
     assert status == 0 and "step 2" in text and f"{layout} layout" in text
-    state, step = read_run(trained / "run").restore()
+    state, step = read_run(trained / "run").restore(Console())
     checkpoint = open_checkpoint(out)
     assert step == 2 and checkpoint.config == read_run(trained / "run").checkpoint.config
     for branch in ("primary", "proxy"):
@@ -151,12 +152,48 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
     encoded, _ = index_source(
         source, saved.checkpoint.processor, merged_views([saved.program.objective], saved.config), cache=True
     )
-    state, _ = saved.restore()
+    state, _ = saved.restore(Console())
     e = evaluate(saved.program, state, encoded, buckets_for([encoded], 1), batch_size=16)
     margins = np.asarray(pairs[0::2]) - np.asarray(pairs[1::2])
     np.testing.assert_allclose(margins, e.margins["primary"], atol=1e-5)
     np.testing.assert_allclose(np.mean(pairs), e.mean_reward["primary"], atol=1e-5)
     assert not list(tmp_path.glob("scores.jsonl.*"))
+
+
+def changed_run(trained: Path, folder: Path, **fields: object) -> Path:
+    """A copy of the run with another config.json, and of the model it says it started from."""
+    shutil.copytree(trained / "run", folder / "changed")
+    shutil.copytree(MODEL_DIR, folder / "model")
+    config = json.loads((trained / "run" / "config.json").read_text()) | {"model": str(folder / "model")} | fields
+    (folder / "changed" / "config.json").write_text(json.dumps(config))
+    return folder / "changed"
+
+
+def test_a_run_is_read_on_any_machine_and_says_where_it_is_unfinished(capsys, trained, tmp_path):
+    mesh = {"data": 2, "fsdp": 8, "tensor": 3}
+    other = changed_run(trained, tmp_path, mesh=mesh, total_steps=9, eval_batch_size=3)
+    saved = read_run(other)
+    state, _ = saved.restore(Console())
+    assert saved.program.mesh.shape["data"] == 8 and state.opt_state == ()
+    said, file = "stopped at step 2 of 9", tmp_path / "result.json"
+    status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out", "--json", file)
+    found = json.loads(file.read_text())
+    assert status == 0 and said in text and (found["steps"], found["finished"]) == (9, False)
+    status, text = run(capsys, "evaluate", "--run", other, "--data", trained / "pairs.jsonl", "--json", file)
+    found = json.loads(file.read_text())
+    assert status == 0 and said in text and (found["step"], found["steps"], found["finished"]) == (2, 9, False)
+    status, text = run(capsys, "export", "--run", trained / "run", "--out", tmp_path / "o", "--json", file)
+    assert status == 0 and "unfinished" not in text and json.loads(file.read_text())["finished"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_model_folder_that_has_changed_is_refused(capsys, trained, tmp_path, name):
+    other = changed_run(trained, tmp_path)
+    assert read_run(other).steps == 2
+    with (tmp_path / "model" / name).open("a") as f:
+        f.write("{}" if name.startswith("pre") else "\n")
+    status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out")
+    assert status == 2 and "changed since" in text and not (tmp_path / "out").exists()
 
 
 def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):

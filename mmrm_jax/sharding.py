@@ -107,6 +107,12 @@ def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool) -> PyTree:
     )
 
 
+def whole_batch(size: int, mesh: Mesh) -> int:
+    """`size` groups, rounded up to a multiple of the devices that groups are split over."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-size // ways) * ways
+
+
 def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
     """Place a host batch on the mesh."""
     return jax.device_put(batch, batch_shardings(batch, mesh, micro=micro))

@@ -33,7 +33,7 @@ class Group:
     """One validated record: an image and prompt with N responses and their comparisons.
 
     `image` is a file path, the encoded bytes themselves, or None for a text-only record. `file` and `row`
-    (1-based) say where the record came from, for error messages.
+    (1-based) say where the record came from, for error messages; `image_name` is the path as the record gives it.
     """
 
     id: str
@@ -44,6 +44,7 @@ class Group:
     environment: str
     file: str
     row: int
+    image_name: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

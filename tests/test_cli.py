@@ -58,6 +58,10 @@ def test_a_matrix_without_environments_says_what_to_do(capsys):
         ("", "holds no rows"),
         ("{broken\n", "no usable row"),
         ('{"prompt": "p", "img_path": null, "responses": ["a", "b"]}\n', "no comparisons"),
+        (
+            '{"prompt": "p", "img_path": "d.jsonl", "chosen": "a", "rejected": "b"}\n',
+            "no comparisons: training and evaluation need rows with a preference; first reason: image",
+        ),
     ],
 )
 def test_a_file_without_comparisons_is_a_clear_error(capsys, tmp_path, rows, reason):
@@ -180,7 +184,7 @@ def test_an_interrupt_says_how_to_go_on_where_that_helps(capsys, monkeypatch):
     for command in cli.COMMANDS:
         monkeypatch.setitem(cli.COMMANDS, command, (interrupted, ""))
         status, text = run(capsys, command)
-        assert status == 2 and ("give the same command again" in text) == (command not in ("prepare", "evaluate"))
+        assert status == 2 and ("give the same command again" in text) == (command in ("train", "matrix", "quickstart"))
 
 
 def test_a_setting_out_of_range_is_named(capsys, tmp_path):

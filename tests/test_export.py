@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import FAST, write_pairs
 from commands import run as run_raw
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -18,10 +19,12 @@ from mmrm_jax.data.pipeline import buckets_for, index_source
 from mmrm_jax.eval.evaluate import evaluate
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.eval.saved_run import read_run
+from mmrm_jax.eval.score import Scored, write_lines
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import merged_views, open_checkpoint, open_spec
 from mmrm_jax.train.state import abstract_model, merge_branch
+from mmrm_jax.types import Group
 
 SETTINGS = [a.replace("--train.", "--") for a in FAST]
 
@@ -60,7 +63,7 @@ def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, la
     out = tmp_path / "exported"
     status, text = run(capsys, "export", "--run", trained / "run", "--out", out, "--layout", layout, "--proxy")
     assert status == 0 and "step 2" in text and f"{layout} layout" in text
-    state, step = read_run(trained / "run").restore()
+    state, step = read_run(trained / "run").restore(Console())
     checkpoint = open_checkpoint(out)
     assert step == 2 and checkpoint.config == read_run(trained / "run").checkpoint.config
     for branch in ("primary", "proxy"):
@@ -75,6 +78,30 @@ def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, la
     assert description["score_head"] and description["proxy"] and not description["lm_head"]
     status, text = run(capsys, "export", "--run", trained / "run", "--out", out)
     assert status == 2 and "holds a checkpoint already" in text
+
+
+def test_the_settings_of_the_data_are_those_of_the_run(capsys, tmp_path):
+    file, run_dir = write_pairs(tmp_path, "pairs", 12), tmp_path / "run"
+    settings = ("--steps", 1, "--data.holdout", 0, "--data.max-length", 200, "--objective", "text_only", *SETTINGS)
+    train = ("train", "--data", file, "--out", run_dir, *settings, "--data.max-tiles")
+    assert run(capsys, *train, 2)[0] == 0
+    saved = read_run(run_dir)
+    assert saved.config.data.max_tiles == 2 and saved.config.data.holdout == 0 and saved.data == str(file)
+    assert saved.checkpoint.processor.max_length == 200 and saved.checkpoint.processor.preprocessing.max_tiles == 2
+    assert run(capsys, "export", "--run", run_dir, "--out", tmp_path / "out")[0] == 0
+    exported = open_checkpoint(tmp_path / "out").processor
+    assert exported.max_length == 200 and exported.preprocessing.max_tiles == 2
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, json.dumps(json.loads(rows[0]) | {"prompt": "Colour? " * 100})]))
+    status, text = run(capsys, "evaluate", "--run", run_dir, "--data", file)
+    assert status == 0 and "1 quarantined" in text and "over the budget of max_length=200" in text
+    file.write_text("\n".join(rows) + "\n")
+    status, text = run(capsys, *train, 3)
+    assert status == 2 and "data.max_tiles: 2 -> 3" in text
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"data": "pairs.jsonl"}))
+    status, text = run(capsys, "evaluate", "--run", run_dir, "--data", file)
+    assert status == 2 and "data is 'pairs.jsonl', which is no setting" in text
 
 
 def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_path):
@@ -130,12 +157,88 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
     encoded, _ = index_source(
         source, saved.checkpoint.processor, merged_views([saved.program.objective], saved.config), cache=True
     )
-    state, _ = saved.restore()
+    state, _ = saved.restore(Console())
     e = evaluate(saved.program, state, encoded, buckets_for([encoded], 1), batch_size=16)
     margins = np.asarray(pairs[0::2]) - np.asarray(pairs[1::2])
     np.testing.assert_allclose(margins, e.margins["primary"], atol=1e-5)
     np.testing.assert_allclose(np.mean(pairs), e.mean_reward["primary"], atol=1e-5)
     assert not list(tmp_path.glob("scores.jsonl.*"))
+
+
+def changed_run(trained: Path, folder: Path, **fields: object) -> Path:
+    """A copy of the run with another config.json, and of the model it says it started from."""
+    shutil.copytree(trained / "run", folder / "changed")
+    shutil.copytree(MODEL_DIR, folder / "model")
+    config = json.loads((trained / "run" / "config.json").read_text()) | {"model": str(folder / "model")} | fields
+    (folder / "changed" / "config.json").write_text(json.dumps(config))
+    return folder / "changed"
+
+
+def test_a_run_is_read_on_any_machine_and_says_where_it_is_unfinished(capsys, trained, tmp_path):
+    mesh = {"data": 2, "fsdp": 8, "tensor": 3}
+    other = changed_run(trained, tmp_path, mesh=mesh, total_steps=9, eval_batch_size=3)
+    saved = read_run(other)
+    state, _ = saved.restore(Console())
+    assert saved.program.mesh.shape["data"] == 8 and state.opt_state == ()
+    said, file = "stopped at step 2 of 9", tmp_path / "result.json"
+    status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out", "--json", file)
+    found = json.loads(file.read_text())
+    assert status == 0 and said in text and (found["steps"], found["finished"]) == (9, False)
+    status, text = run(capsys, "evaluate", "--run", other, "--data", trained / "pairs.jsonl", "--json", file)
+    found = json.loads(file.read_text())
+    assert status == 0 and said in text and (found["step"], found["steps"], found["finished"]) == (2, 9, False)
+    status, text = run(capsys, "export", "--run", trained / "run", "--out", tmp_path / "o", "--json", file)
+    assert status == 0 and "unfinished" not in text and json.loads(file.read_text())["finished"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_model_folder_that_has_changed_is_refused(capsys, trained, tmp_path, name):
+    other = changed_run(trained, tmp_path)
+    assert read_run(other).steps == 2
+    with (tmp_path / "model" / name).open("a") as f:
+        f.write("{}" if name.startswith("pre") else "\n")
+    status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out")
+    assert status == 2 and "changed since" in text and not (tmp_path / "out").exists()
+
+
+def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
+    row = {"id": "v", "prompt": "Colour?", "img_path": "./images/pairs-0.png"}
+    completions = [{"response": r, "annotations": {"A": {"Rating": a}}} for r, a in (("a", "3"), ("b", "3"), ("", "1"))]
+    cut = (trained / "images" / "pairs-0.png").read_bytes()[:60]
+    (trained / "images" / "cut.png").write_bytes(cut)
+    bad = row | {"id": "cut", "img_path": "images/cut.png", "responses": ["a"]}
+    rows = [row | {"completions": completions}, bad, row | {"id": 7, "img_path": None, "responses": ["c"]}]
+    data, out = trained / "every.jsonl", tmp_path / "s.jsonl"
+    score = ("score", "--model", MODEL_DIR, "--draw-score", 3, "--out", out, "--batch-size", 3, "--data")
+    data.write_text("\n".join(map(json.dumps, rows)) + '\n{"\\ud800": 1}')
+    status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
+    assert status == 0 and "3 scores of 2 rows" in text and "3 quarantined" in text
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["id"], line.get("response"), "error" in line) for line in lines] == [
+        *(("v", "a", False), ("v", "b", False), ("v", None, True), ("cut", None, True), ("7", "c", False)),
+        ("every-4", None, True),
+    ]
+    assert [line["img_path"] for line in lines if "score" in line] == ["./images/pairs-0.png"] * 2 + [None]
+    assert json.loads((tmp_path / "summary.json").read_text())["errors"] == 3
+    data.write_text(json.dumps(bad | {"img_path": "pairs.jsonl"}) + "\n{")
+    assert run(capsys, *score, data)[0] == 0
+    assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == [True, True]
+    for extra, reason in (
+        (("--batch-size", 0), "--batch-size is 0; it must be at least 1"),
+        (("--buckets", 0), "--buckets is 0"),
+        (("--out", data), "is the data itself"),
+        (("--out", tmp_path), "is a directory"),
+    ):
+        status, text = run(capsys, *score, data, *extra)
+        assert status == 2 and reason in text and data.read_text().endswith("{")
+
+
+def test_a_score_that_is_not_finite_is_an_error(tmp_path):
+    group = Group("a", "p", ("x", "y"), (), None, "e", "f.jsonl", 4)
+    assert write_lines(tmp_path / "s", [Scored(group, np.asarray([np.nan, 1.0]))])[:2] == (1, 1)
+    good, bad = map(json.loads, (tmp_path / "s").read_text().splitlines())
+    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["row"]) == ("a", 4)
+    assert "that of response 0 is nan" in bad["error"]
 
 
 def test_a_model_without_a_score_head_is_scored_only_on_demand(capsys, trained, tmp_path):

@@ -309,12 +309,6 @@ def test_what_cannot_be_used_is_quarantined_before_training(processor, tmp_path,
     assert batch.group_index.tolist() == [[0, 1, 2]]
 
 
-def test_a_source_without_a_usable_group_is_an_error(processor):
-    source = MemorySource((make_group(0, image=Path("gone.png")), make_group(1, image=Path("gone.png"))))
-    with pytest.raises(DataError, match=r"no usable group among 2; first reason: image gone\.png does not exist"):
-        index_source(source, processor, VIEWS, cache=False)
-
-
 def test_measured_shapes_are_those_of_the_encoded_groups(data):
     for i, shape in enumerate(data.shapes):
         encoded = data.encode(i)

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 from goldens import fixtures
 
-from mmrm_jax.data.records import (
-    DataError,
-    mean_rating,
-    rated_pairs,
-    read_groups,
-    summarise_quarantine,
-    write_quarantine,
-)
+from mmrm_jax.data.formats import mean_rating, rated_pairs
+from mmrm_jax.data.records import DataError, read_groups, summarise_quarantine, write_quarantine
 from mmrm_jax.types import Comparison, Group, Quarantined
 
 PAIRS = fixtures("pairs", "pairs.json")
@@ -94,7 +88,10 @@ def test_reading_the_golden_rows_gives_its_pairs_or_a_reason(folder, write, tmp_
     assert pairs == [
         pair for pair in zip(want["prompt"], want["chosen"], want["rejected"], strict=True) if pair[0] != "p7"
     ]
-    assert [entry.row for entry in quarantined] == [4, 5, 6, 7, 8]  # p3 ... p6, and p7 with its identical responses
+    reasons = {entry.row: entry.reason.split(":")[0] for entry in quarantined}
+    # p1, one of whose responses is unrated, p3 ... p6, and p7 with its identical responses
+    assert list(reasons) == [2, 4, 5, 6, 7, 8] and len(quarantined) == 6
+    assert (reasons[2], reasons[8]) == ("unrated response", "no comparisons left")
     assert "identical responses" in quarantined[-1].reason
 
 
@@ -142,7 +139,9 @@ def test_vlfeedback_keeps_only_compared_responses(write):
         (group,), quarantined = read_groups(write(vlfeedback(value, models=["m"])))
         assert group.responses == ("a", "b", "c")
         assert group.comparisons == (Comparison(0, 1), Comparison(2, 0), Comparison(2, 1))
-        assert quarantined == []
+        assert [(entry.row, entry.reason[:40]) for entry in quarantined] == [
+            (1, "unrated response: 'completions[1]' lacks")
+        ]
     row = vlfeedback(rows)
     row["image"] = row.pop("img_path")
     assert len(read_groups(write(row))[0]) == 1
@@ -180,7 +179,30 @@ def test_random_vlfeedback_rows_lose_nothing(write):
         pairs = rated_pairs(
             [mean_rating(completion["annotations"]) for completion in rows[group.row - 1]["completions"]]
         )
-        assert len(group.comparisons) + sum(q.row == group.row for q in quarantined) == len(pairs)
+        reasons = [q.reason for q in quarantined if q.row == group.row and not q.reason.startswith("unrated response")]
+        assert len(group.comparisons) + len(reasons) == len(pairs)
+
+
+def test_scoring_reads_every_response_whatever_is_compared(write):
+    rated = completions(("same", ("5",)), ("same", ("4",)), ("unrated", ("N/A",)), (" ", ("2",)), (None, ("1",)))
+    tied = completions(("a", ("3",)), ("b", ("3",)))
+    alike = {**PAIR, "chosen": "x", "rejected": "x", "margin": "no number"}
+    scored = {"prompt": "p", "img_path": "./i.png", "responses": ["x", ""]}
+    path = write(
+        vlfeedback(rated), vlfeedback(tied), alike, scored, vlfeedback([]), {**PAIR, "chosen": ""} | {"rejected": 3}
+    )
+    groups, quarantined = read_groups(path, comparisons=False)
+    assert [g.responses for g in groups] == [("same", "same", "unrated"), ("a", "b"), ("x", "x"), ("x",)]
+    assert not any(g.comparisons for g in groups)
+    assert [g.image_name for g in groups] == ["i.png", "i.png", "i.png", "./i.png"]
+    assert [(q.row, q.reason.split(";")[0].split(" has ")[0]) for q in quarantined] == [
+        (1, "empty response: 'completions[3].response'"),
+        (1, "wrong type: 'completions[4].response' is a null"),
+        (4, "empty response: 'responses[1]'"),
+        (5, "no responses: there is nothing to score"),
+        (6, "empty response: 'chosen'"),
+    ]
+    assert read_groups(write("{", ""), comparisons=False)[0] == []
 
 
 BAD_ROWS = {

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -20,10 +21,12 @@ from mmrm_jax.config import BranchInput
 from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
 from mmrm_jax.data.images import ImageError
 from mmrm_jax.data.processor import Processor
-from mmrm_jax.data.records import DataError, raise_first
+from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
 from mmrm_jax.types import Batch, Group, Quarantined
+
+T = TypeVar("T")
 
 WINDOW = 16  # most batches among which groups are sorted by length, to keep padding low
 
@@ -51,9 +54,10 @@ class EncodedSource:
 
     def encode(self, index: int) -> EncodedGroup | Quarantined:
         """The group at `index` as arrays, or why it cannot be used."""
-        if index in self.cache:
-            return self.cache[index]
-        group = self.group(index)
+        return self.cache[index] if index in self.cache else self.encode_group(self.group(index), index)
+
+    def encode_group(self, group: Group, index: int) -> EncodedGroup | Quarantined:
+        """As `encode`, of a group that has been read already."""
         try:
             return self.processor.encode(group, index, self.views)
         except (ImageError, TextError) as error:
@@ -72,7 +76,7 @@ def index_source(
 
     Without `cache` only text and image headers are read, and a picture that does not decode is met later, by
     `EncodedSource.encode`. Groups over the token budget or with an unreadable image are returned as quarantined,
-    with the reason. Raises DataError where no group is left.
+    with the reason.
     """
     kept: list[int] = []
     shapes: list[GroupShape] = []
@@ -89,9 +93,6 @@ def index_source(
             kept.append(i)
         except (ImageError, TextError) as error:
             quarantined.append(Quarantined(group.file, group.row, str(error), group.id))
-    if not kept:
-        first = f"; first reason: {quarantined[0].reason}" if quarantined else ""
-        raise DataError(f"no usable group among {len(source)}{first}")
     return EncodedSource(source, processor, views, tuple(kept), tuple(shapes), encoded), quarantined
 
 
@@ -204,9 +205,9 @@ def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:
 
 
 def batches(
-    plan: BatchPlan | SequentialPlan, make: MakeBatch, *, start: int = 0, workers: int = 0
-) -> grain.IterDataset[Batch]:
-    """The stream of batches of a plan from step `start` on, the same for any number of workers.
+    plan: BatchPlan | SequentialPlan, make: Callable[[np.ndarray], T], *, start: int = 0, workers: int = 0
+) -> grain.IterDataset[T]:
+    """The stream of batches that `make` makes of a plan from step `start` on, the same for any number of workers.
 
     Its iterator's state can be saved and set (`get_state`, `set_state`) as long as `start` and `workers` stay the same.
     """

@@ -42,7 +42,8 @@ def export_run(
     `layout` "same" is that of the checkpoint the run started from, "chat" InternVL's own, "native" that of
     transformers' InternVLForConditionalGeneration. With `proxy` the text-only proxy is written too, as the paper's code
     does. The LM head, which is not trained, is carried over. Raises ValueError where `out` holds a checkpoint already,
-    or where there is no proxy, and CheckpointError where `run` holds no finished run.
+    or where there is no proxy, and CheckpointError where `run` holds no checkpoint
+    of a run, or the folder it started from has changed.
     """
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a checkpoint already; name another directory, or delete this one")
@@ -50,7 +51,7 @@ def export_run(
     objective, checkpoint = saved.program.objective, saved.checkpoint
     if proxy and "proxy" not in objective.branches:
         raise ValueError(f"{run} was trained with {objective.name}, which has no proxy: leave out --proxy")
-    state, step = saved.restore()
+    state, step = saved.restore(console)
     before = checkpoint_layout(open_tensors(checkpoint.path))
     after: CheckpointLayout = before if layout == "same" else layout
     head = unused_tensors(checkpoint.path)
@@ -71,7 +72,8 @@ def export_run(
     # Last: a folder without it is no checkpoint.
     (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     console.print(f"step {step} of {run} ({objective.name}) is in {out}, {after} layout, {dtype}")
-    return {"out": str(out), "step": step, "objective": objective.name, "layout": after, "dtype": dtype, "proxy": proxy}
+    found = {"out": str(out), "step": step, "steps": saved.steps, "finished": step >= saved.steps}
+    return found | {"objective": objective.name, "layout": after, "dtype": dtype, "proxy": proxy}
 
 
 def _configuration(

@@ -1,35 +1,44 @@
-"""A finished run of `mmrm train`, read back."""
+"""A run of `mmrm train`, read back."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
-from mmrm_jax.config import TrainConfig
+from mmrm_jax.config import MeshConfig, TrainConfig
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints
 from mmrm_jax.train.program import Program, build_program
-from mmrm_jax.train.setup import Checkpoint, open_checkpoint
+from mmrm_jax.train.setup import Checkpoint, model_fingerprint, open_checkpoint
 from mmrm_jax.train.state import TrainState, abstract_model
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """A run's settings, the checkpoint folder it started from, the data it was trained on, and how to restore it."""
+    """A run's settings, the checkpoint folder it started from, the data it was trained on, and how to restore it.
+
+    `steps` is how many it was to take; `config.mesh` is a mesh of this machine's devices.
+    """
 
     path: Path
     config: TrainConfig
     checkpoint: Checkpoint
     program: Program
     data: str
+    steps: int
 
-    def restore(self) -> tuple[TrainState, int]:
-        """(state, step) of the last complete checkpoint. Raises CheckpointError where there is none."""
+    def restore(self, console: Console) -> tuple[TrainState, int]:
+        """(state without optimiser moments, step) of the last complete checkpoint; says so where the run is unfinished.
+
+        Raises CheckpointError where there is no checkpoint.
+        """
         program, config = self.program, self.config
         like = jax.eval_shape(lambda p: program.init(p, config), abstract_model(self.checkpoint.config)[1])
         # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
@@ -42,32 +51,51 @@ class SavedRun:
         step = checkpoints.latest()
         if step is None:
             raise CheckpointError(f"{self.path / 'checkpoints'} holds no complete checkpoint: finish the run first")
-        state = checkpoints.restore(step, like)
+        state = checkpoints.restore(step, dataclasses.replace(like, opt_state=()), without="opt_state")
         checkpoints.close()
+        if step < self.steps:
+            console.print(
+                f"unfinished: {self.path} stopped at step {step} of {self.steps}; the same mmrm train goes on",
+                style="yellow",
+            )
         return state, step
 
 
 def read_run(path: Path) -> SavedRun:
-    """Raises CheckpointError where `path` holds no run of `mmrm train`."""
+    """Raises CheckpointError where `path` holds no run of `mmrm train`, or its model's folder has changed since."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
     saved = json.loads((path / "config.json").read_text())
-    if "data" not in saved:
+    if "trained_on" not in saved:
         raise CheckpointError(f"{path} holds no run of `mmrm train`, which names its data in config.json")
-    model, data = Path(saved.pop("model") or MODEL_DIR), saved.pop("data")
-    saved = {k: v for k, v in saved.items() if k not in ("image_root", "fingerprints")}  # of the training data
-    config = _from_json(TrainConfig, saved)
+    model, data, steps = Path(saved.pop("model") or MODEL_DIR), saved.pop("trained_on"), saved.pop("total_steps")
+    if model_fingerprint(model) != saved.pop("fingerprints")["model"]:
+        raise CheckpointError(
+            f"{model} is not what {path} was trained from: its weights, config.json, tokenizer or preprocessing have "
+            "changed since; bring back the files it had"
+        )
+    config = _from_json(TrainConfig, {k: v for k, v in saved.items() if k != "image_root"})
+    config = dataclasses.replace(config, mesh=_fitting(config.mesh))
     checkpoint = open_checkpoint(model, config.data)
-    return SavedRun(path, config, checkpoint, build_program(checkpoint.config, config, 1), data)
+    return SavedRun(path, config, checkpoint, build_program(checkpoint.config, config, 1), data, steps)
+
+
+def _fitting(mesh: MeshConfig) -> MeshConfig:
+    """The mesh that a run was trained on, where this machine has as many devices, else all devices as `data`."""
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    divides = jax.device_count() % (mesh.fsdp * mesh.tensor) == 0
+    return mesh if math.prod(sizes) == jax.device_count() or (mesh.data == -1 and divides) else MeshConfig()
 
 
 def _from_json(cls: Any, values: dict[str, Any]) -> Any:
-    """A configuration from its `to_json` values."""
+    """A configuration from its `to_json` values. Raises CheckpointError naming the field that it does not have."""
     types = typing.get_type_hints(cls)
     fields = {}
     for name, value in values.items():
-        kind = types[name]
-        if dataclasses.is_dataclass(kind):
+        kind = types.get(name)
+        if kind is None or dataclasses.is_dataclass(kind) != isinstance(value, dict):
+            raise CheckpointError(f"config.json: {name} is {value!r:.50}, which is no setting of {cls.__name__}")
+        if isinstance(value, dict):
             value = _from_json(kind, value)
         elif isinstance(value, list):
             value = tuple(value)

@@ -19,6 +19,7 @@ from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.summary import percent
+from mmrm_jax.sharding import whole_batch
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
@@ -62,15 +63,15 @@ def open_run(
     views = merged_views([find_objective(config.objective)], config)
     source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
     prints = _fingerprints(source, held_out, checkpoint.path)
-    resolved = to_json(config) | {"data": spec, **paths, "fingerprints": prints}
-    check_config(out, resolved)
+    resolved = to_json(config) | {"trained_on": spec, **paths, "fingerprints": prints}
+    check_config(out, resolved, ignore=("total_steps",))  # which follows from the rest
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad
     validation = None
     if held_out is not None:
         validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
         quarantined += bad
-    write_config(out, resolved)
+    write_config(out, resolved | {"total_steps": training_steps(config, len(data))})
     if quarantined:
         console.print(summarise_quarantine(quarantined))
     write_quarantine(out / "quarantine.jsonl", quarantined)
@@ -160,7 +161,7 @@ def _scores(
 
 
 def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console) -> dict[str, Any]:
-    """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none."""
+    """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none, as `read_run`."""
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
     source, quarantined = open_spec(spec, Path(), image_root)
@@ -172,7 +173,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         raise_first(quarantined)
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
     write_quarantine(quarantine, quarantined)  # afresh; the evaluation adds what it cannot read
-    state, _ = saved.restore()
+    state, step = saved.restore(console)
     buckets = buckets_for([data], config.data.buckets)
     console.print(describe_data([data], buckets))
     e = evaluate(
@@ -180,7 +181,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         state,
         data,
         buckets,
-        batch_size=config.eval_batch_size,
+        batch_size=whole_batch(config.eval_batch_size, program.mesh),
         quarantine=quarantine,
         strict=config.strict,
     )
@@ -194,7 +195,8 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     quarantined = read_quarantine(quarantine)
     if quarantined:
         console.print(f"{summarise_quarantine(quarantined)}\nall of them: {quarantine}")
-    return {"row": row, "quarantined": [dataclasses.asdict(q) for q in quarantined]}
+    unusable = [dataclasses.asdict(q) for q in quarantined]
+    return {"row": row, "quarantined": unusable, "step": step, "steps": saved.steps, "finished": step >= saved.steps}
 
 
 def _stem(spec: str) -> str:

@@ -53,14 +53,16 @@ class Checkpoints:
             if found.step > step:
                 self._checkpointer.delete(found.step)
 
-    def restore(self, step: int, like: PyTree) -> PyTree:
+    def restore(self, step: int, like: PyTree, *, without: str | None = None) -> PyTree:
         """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).
 
-        Raises CheckpointError listing arrays that are missing, superfluous or of another shape or dtype.
+        The part called `without`, which `like` then lacks too, is not read. Raises CheckpointError listing arrays that
+        are missing, superfluous or of another shape or dtype.
         """
         wanted, treedef = _flat(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in wanted.items()}
         saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        saved = {k: v for k, v in saved.items() if without is None or k.partition("/")[0] != without}
         problems = [f"missing: {k}" for k in sorted(wanted.keys() - saved.keys())]
         problems += [f"superfluous: {k}" for k in sorted(saved.keys() - wanted.keys())]
         for k in sorted(wanted.keys() & saved.keys()):
@@ -70,7 +72,9 @@ class Checkpoints:
                 problems.append(f"dtype of {k}: saved {saved[k].dtype}, wanted {wanted[k].dtype}")
         if problems:
             raise CheckpointError(f"{self.directory}, step {step}, does not fit:\n  " + "\n  ".join(problems))
-        restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        partial = ocp.options.PyTreeOptions.Loading(partial_load=without is not None)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+            restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
         return treedef.unflatten([restored[k] for k in wanted])
 
     def close(self) -> None:

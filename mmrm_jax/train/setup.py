@@ -16,15 +16,26 @@ from rich.progress import track
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, index_source
-from mmrm_jax.data.processor import Processor
+from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
+from mmrm_jax.data.tokenizer import TOKENIZER_FILES
 from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.objectives import Objective
 from mmrm_jax.train.state import abstract_model, init_score, place_abstract
 from mmrm_jax.types import Batch, Quarantined
+
+# What decides beside weights and tokenizer what a checkpoint computes.
+SETTINGS_FILES = (
+    "config.json",
+    SAVED,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +79,14 @@ def processor_problems(processor: Processor, config: ModelConfig) -> list[str]:
 
 
 def model_fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint folder's weights. Raises ValueError where there are none."""
+    """SHA-256 of all that decides what a checkpoint folder computes: weights, configuration, tokenizer, preprocessing.
+
+    Raises ValueError where there are no weights, or a file cannot be read.
+    """
     digest = hashlib.sha256()
-    for file in weight_files(path):
+    settings = [path / name for name in (*SETTINGS_FILES, *TOKENIZER_FILES) if (path / name).exists()]
+    for file in (*weight_files(path), *settings):
+        digest.update(f"\n{file.name}\n".encode())
         try:
             with file.open("rb") as f:
                 while block := f.read(2**20):
@@ -92,12 +108,14 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
     return load_params(checkpoint.path, checkpoint.config, like)
 
 
-def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
-    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
+def open_spec(
+    spec: str, root: Path, image_root: Path | None, *, comparisons: bool = True
+) -> tuple[GroupSource, list[Quarantined]]:
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`; `comparisons` as in `read_groups`."""
     folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
     if colon:
         return open_source(root / Path(spec).parent / folder, split or None)
-    return open_source(root / spec, image_root=image_root)
+    return open_source(root / spec, image_root=image_root, comparisons=comparisons)
 
 
 def training_sources(
@@ -164,5 +182,6 @@ def encode(
     if config.strict:
         raise_first(quarantined)
     if not any(shape.comparisons for shape in data.shapes):
-        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference")
+        reason = f"; first reason: {quarantined[0].reason}" if quarantined else ""
+        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference{reason}")
     return data, quarantined

@@ -143,7 +143,8 @@ class InspectArgs:
 class ScoreArgs:
     """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
 
-    A row that cannot be used gives a line with "error" in its place. A run of `mmrm train` is scored once
+    Every response of a row is scored, whatever is compared. A row or response that cannot be used gives a line with
+    "error" in its place. A run of `mmrm train` is scored once
     `mmrm export` has made a checkpoint folder of it.
 
     Attributes:
@@ -152,7 +153,7 @@ class ScoreArgs:
         out: File of {"id", "prompt", "img_path", "response", "score"} lines.
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
-        batch_size: Rows a step.
+        batch_size: Rows a step; rounded up to a multiple of the devices.
         buckets: How many padded sizes the response length may take: the bound on compilations.
         draw_score: For a checkpoint without a score head: the seed that a random one is drawn from.
         json: Also write a summary to this file.
@@ -172,6 +173,9 @@ class ScoreArgs:
 @dataclasses.dataclass(frozen=True)
 class ExportArgs:
     """Write a trained run as a checkpoint folder: safetensors, config.json, tokenizer and preprocessing.
+
+    The LM head of the base is kept, unless it is tied to the embedding, which is trained: such a model no longer writes
+    text as its base did. A run that is unfinished is written as it is, and said so.
 
     Attributes:
         run: Run directory of `mmrm train`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 from commands import FAST, write_pairs
 from commands import run as run_raw
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mmrm_jax.config import DataConfig
+from mmrm_jax.data.images import Preprocessing
 from mmrm_jax.data.pipeline import buckets_for, index_source
+from mmrm_jax.data.templates import TEMPLATES, spell
+from mmrm_jax.eval.companions import chat_template, companion_files
 from mmrm_jax.eval.evaluate import evaluate
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.score import Scored, write_lines
+from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
-from mmrm_jax.train.setup import merged_views, open_checkpoint, open_spec
+from mmrm_jax.train.setup import merged_views, model_fingerprint, open_checkpoint, open_spec
 from mmrm_jax.train.state import abstract_model, merge_branch
 from mmrm_jax.types import Group
 
@@ -47,6 +54,7 @@ def run(capsys, *arguments: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with a run of two steps, and what it was trained on."""
+    jax.config.update("jax_disable_most_optimizations", True)  # `quick_compile` begins after this
     folder = tmp_path_factory.mktemp("trained")
     file = write_pairs(folder, "pairs", 12)
     train = ("train", "--data", file, "--out", folder / "run", "--steps", 2, "--data.holdout", 0, *SETTINGS)
@@ -89,6 +97,7 @@ def test_the_settings_of_the_data_are_those_of_the_run(capsys, tmp_path):
     assert saved.config.data.max_tiles == 2 and saved.config.data.holdout == 0 and saved.data == str(file)
     assert saved.checkpoint.processor.max_length == 200 and saved.checkpoint.processor.preprocessing.max_tiles == 2
     assert run(capsys, "export", "--run", run_dir, "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_dynamic_patch"] == 2
     exported = open_checkpoint(tmp_path / "out").processor
     assert exported.max_length == 200 and exported.preprocessing.max_tiles == 2
     rows = file.read_text().splitlines()
@@ -111,24 +120,26 @@ def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_pa
     name = "language_model.lm_head.weight"
     save_file(load_file(base / "model.safetensors") | {name: head}, base / "model.safetensors")
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
-    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Model"}}
-    config |= {
-        "dtype": "float32",
-        "llm_config": config["llm_config"] | {"dtype": "float32"},
-    }  # as transformers 5 has it
+    for file in ("modeling.py", "imported.py"):
+        (base / file).write_text("raise SystemExit('this is not to be run')")
+    mapped = {"AutoModel": "modeling.Model", "AutoConfig": "gone.Config", "AutoTokenizer": "a/b--elsewhere.Tokenizer"}
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": mapped}
+    config["llm_config"]["dtype"] = "float16"
     (base / "config.json").write_text(json.dumps(config))
     file, again = trained / "pairs.jsonl", tmp_path / "run"
     train = ("train", "--data", file, "--out", again, "--model", base, "--steps", 1, "--data.holdout", 0, *SETTINGS)
     assert run(capsys, *train)[0] == 0
-    assert run(capsys, "export", "--run", again, "--out", out, "--proxy", "--dtype", "bfloat16")[0] == 0
+    status, text = run(capsys, "export", "--run", again, "--out", out, "--proxy", "--dtype", "bfloat16")
+    assert status == 0 and "auto_map names gone.py, which" in text and "elsewhere" not in text
+    assert (out / "imported.py").exists() and (out / "modeling.py").read_text().startswith("raise")
     with safe_open(out / "model.safetensors", "numpy") as f:
         for prefix in ("", "bias_reward_model."):
             written = f.get_tensor(prefix + name)
             assert written.dtype.name == "bfloat16"
             np.testing.assert_array_equal(written.astype(np.float32), head.astype(written.dtype).astype(np.float32))
     exported = json.loads((out / "config.json").read_text())
-    llm = config["llm_config"] | {"dtype": "bfloat16"}
-    assert exported == config | {"torch_dtype": "bfloat16", "dtype": "bfloat16", "llm_config": llm}
+    config["llm_config"]["dtype"] = "bfloat16"
+    assert exported == config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert inspect_checkpoint(out)["dtypes"] == {"BF16": 132}
 
@@ -166,10 +177,12 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
 
 
 def changed_run(trained: Path, folder: Path, **fields: object) -> Path:
-    """A copy of the run with another config.json, and of the model it says it started from."""
+    """A copy of the run with another config.json; it says that it started from `folder`/model, which may be there."""
     shutil.copytree(trained / "run", folder / "changed")
-    shutil.copytree(MODEL_DIR, folder / "model")
+    if not (folder / "model").exists():
+        shutil.copytree(MODEL_DIR, folder / "model")
     config = json.loads((trained / "run" / "config.json").read_text()) | {"model": str(folder / "model")} | fields
+    config["fingerprints"]["model"] = model_fingerprint(folder / "model")
     (folder / "changed" / "config.json").write_text(json.dumps(config))
     return folder / "changed"
 
@@ -199,6 +212,80 @@ def test_a_model_folder_that_has_changed_is_refused(capsys, trained, tmp_path, n
         f.write("{}" if name.startswith("pre") else "\n")
     status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out")
     assert status == 2 and "changed since" in text and not (tmp_path / "out").exists()
+
+
+def test_another_layout_has_its_files_and_keeps_what_the_language_model_said(capsys, trained, tmp_path):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    carried = {"max_position_embeddings": 5000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config["llm_config"] |= carried
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"min_dynamic_patch": 2}))
+    native = tmp_path / "native"
+    export = ("export", "--run", changed_run(trained, tmp_path), "--out", native, "--layout", "native")
+    assert run(capsys, *export)[0] == 0
+    exported = json.loads((native / "config.json").read_text())
+    assert exported["text_config"].items() >= carried.items()
+    want = open_checkpoint(native)
+    (native / "mmrm_processor.json").unlink()  # what other software reads says the same
+    read = open_checkpoint(native)
+    assert read.config == want.config and read.processor.chat.template == want.processor.chat.template
+    assert read.processor.preprocessing == want.processor.preprocessing == Preprocessing(32, 2, 6)
+    # Back again, with tiles of its own.
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(native, tmp_path / "model")
+    shutil.rmtree(tmp_path / "changed")
+    images = Preprocessing(32, 2, 3, use_thumbnail=False, dynamic=False)
+    data = dataclasses.asdict(DataConfig(max_tiles=3))
+    out = tmp_path / "chat"
+    export = ("export", "--run", changed_run(trained, tmp_path, data=data), "--out", out, "--layout", "chat")
+    assert run(capsys, *export)[0] == 0
+    exported = json.loads((out / "config.json").read_text())
+    assert exported["llm_config"].items() >= carried.items()
+    assert exported["max_dynamic_patch"] == 3 and exported["min_dynamic_patch"] == 2
+    (out / "mmrm_processor.json").unlink()
+    assert open_checkpoint(out).processor.preprocessing == Preprocessing(32, 2, 3)
+    hf = config_to_hf(want.config, template="chatml", min_tiles=2, max_tiles=3, use_thumbnail=False, dynamic=False)
+    (out / "config.json").write_text(json.dumps(hf))
+    assert open_checkpoint(out).processor.preprocessing == images
+    # In the same layout the tiling of the run replaces that of the base.
+    found = companion_files(open_checkpoint(native, DataConfig(max_tiles=4)), {}, same=True, layout="native")
+    assert json.loads(found["preprocessor_config.json"])["max_patches"] == 4
+    with pytest.raises(ValueError, match="always adds a thumbnail"):
+        no_thumbnail = dataclasses.replace(want.processor.preprocessing, use_thumbnail=False)
+        processor = dataclasses.replace(want.processor, preprocessing=no_thumbnail)
+        companion_files(dataclasses.replace(want, processor=processor), {}, same=False, layout="native")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_spells_its_conversation(name):
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A “pear”\n."}]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(chat_template(TEMPLATES[name]))
+    image = "<img><IMG_CONTEXT></img>"
+    rendered = template.render(messages=messages).replace("<IMG_CONTEXT>", image)
+    assert rendered == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "A “pear”\n."))
+    asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
+    assert asked.rstrip() == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "")).rstrip()
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    folder = tmp_path / "hub" / "snapshots" / "main"
+    shutil.copytree(MODEL_DIR, folder)
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "0").write_text("{}")
+    (tmp_path / "secret").write_text("{}")
+    link = folder / "generation_config.json"
+    link.symlink_to("../../blobs/0")
+    checkpoint = open_checkpoint(folder)
+    assert companion_files(checkpoint, {}, same=True, layout="chat") == {"generation_config.json": b"{}"}
+    link.unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        (folder / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match=f"{name} is a link to .*secret, outside its folder"):
+            companion_files(checkpoint, {}, same=True, layout="chat")
+        (folder / name).unlink()
 
 
 def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):

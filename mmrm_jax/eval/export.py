@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
+from mmrm_jax.data.folder import read_object, write_object
 from mmrm_jax.data.templates import IMAGE_CONTEXT
+from mmrm_jax.eval.companions import companion_files, missing_code
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.models.hf.config import config_to_hf, config_to_native
 from mmrm_jax.models.hf.names import PROXY_PREFIX, CheckpointLayout, checkpoint_layout
@@ -17,15 +18,8 @@ from mmrm_jax.models.hf.weights import save_params, unused_tensors
 from mmrm_jax.train.setup import Checkpoint
 from mmrm_jax.train.state import merge_branch
 
-# What a folder holds beside weights, configuration, tokenizer and `mmrm_processor.json`, and other software reads.
-COMPANIONS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+# What another layout keeps of the language model's section, beside what our configuration holds.
+CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_run(
@@ -55,11 +49,12 @@ def export_run(
     before = checkpoint_layout(open_tensors(checkpoint.path))
     after: CheckpointLayout = before if layout == "same" else layout
     head = unused_tensors(checkpoint.path)
-    hf = _with_dtype(_configuration(checkpoint, before, after, tied=not head), dtype) | {"torch_dtype": dtype}
+    hf = _configuration(checkpoint, before, after, tied=not head)
+    files = companion_files(checkpoint, hf, same=after == before, layout=after)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.processor.save(out)
-    if after == before:
-        _copy_companions(checkpoint.path, out)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
     save_params(
         out,
         checkpoint.config,
@@ -70,7 +65,9 @@ def export_run(
         dtype=dtype,
     )
     # Last: a folder without it is no checkpoint.
-    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    write_object(out / "config.json", _with_dtype(hf, dtype))
+    for name in missing_code(out, hf):
+        console.print(f"auto_map names {name}, which {checkpoint.path} lacks: transformers will not find it")
     console.print(f"step {step} of {run} ({objective.name}) is in {out}, {after} layout, {dtype}")
     found = {"out": str(out), "step": step, "steps": saved.steps, "finished": step >= saved.steps}
     return found | {"objective": objective.name, "layout": after, "dtype": dtype, "proxy": proxy}
@@ -79,31 +76,38 @@ def export_run(
 def _configuration(
     checkpoint: Checkpoint, before: CheckpointLayout, after: CheckpointLayout, *, tied: bool
 ) -> dict[str, Any]:
-    """`config.json`: as it was, so that nothing is lost that other software reads, or made anew in another layout."""
-    if before == after:
-        return json.loads((checkpoint.path / "config.json").read_text())
+    """`config.json`: as it was but for the tiling, or made anew in another layout."""
     chat, images = checkpoint.processor.chat, checkpoint.processor.preprocessing
+    source = read_object(checkpoint.path / "config.json")
+    if before == after == "native":
+        return source
+    if before == after:
+        tiling = {"min_dynamic_patch": images.min_tiles, "max_dynamic_patch": images.max_tiles}
+        return source | tiling | {"dynamic_image_size": images.dynamic, "use_thumbnail": images.use_thumbnail}
     if after == "native":
-        hf = config_to_native(checkpoint.config, image_token_id=chat.special_id(IMAGE_CONTEXT))
-        hf["text_config"]["tie_word_embeddings"] = tied
-        return hf | {"tie_word_embeddings": tied}
-    hf = config_to_hf(
-        checkpoint.config,
-        template=chat.template.name,
-        max_tiles=images.max_tiles,
-        use_thumbnail=images.use_thumbnail,
-    )
-    hf["llm_config"]["tie_word_embeddings"] = tied
+        hf, section = config_to_native(checkpoint.config, image_token_id=chat.special_id(IMAGE_CONTEXT)), "text_config"
+        hf["tie_word_embeddings"] = tied
+    else:
+        section = "llm_config"
+        hf = config_to_hf(
+            checkpoint.config,
+            template=chat.template.name,
+            min_tiles=images.min_tiles,
+            max_tiles=images.max_tiles,
+            use_thumbnail=images.use_thumbnail,
+            dynamic=images.dynamic,
+        )
+    text = source["text_config" if before == "native" else "llm_config"]
+    hf[section] = {k: text[k] for k in CARRIED if k in text} | hf[section] | {"tie_word_embeddings": tied}
     return hf
 
 
-def _with_dtype(section: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The section and those inside it, naming this type wherever they name one: "dtype" since transformers 5."""
-    inner = {name: _with_dtype(x, dtype) if isinstance(x, dict) else x for name, x in section.items()}
-    return inner | {name: dtype for name in ("dtype", "torch_dtype") if name in inner}
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    for name in COMPANIONS:
-        if (source / name).exists():
-            (out / name).write_bytes((source / name).read_bytes())
+def _with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """With the dtype by both of its names, transformers 5's and the one before, and in each section that has one."""
+    names = ("dtype", "torch_dtype")
+    sections = {
+        k: section | {name: dtype for name in names if name in section}
+        for k, section in hf.items()
+        if isinstance(section, dict)
+    }
+    return hf | sections | dict.fromkeys(names, dtype)

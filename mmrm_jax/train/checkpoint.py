@@ -72,8 +72,9 @@ class Checkpoints:
                 problems.append(f"dtype of {k}: saved {saved[k].dtype}, wanted {wanted[k].dtype}")
         if problems:
             raise CheckpointError(f"{self.directory}, step {step}, does not fit:\n  " + "\n  ".join(problems))
-        partial = ocp.options.PyTreeOptions.Loading(partial_load=without is not None)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = without is not None
+        with context:
             restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
         return treedef.unflatten([restored[k] for k in wanted])
 

@@ -195,7 +195,15 @@ def _model(
     return ModelConfig(vision, decoder, ratio, shuffle, layer)
 
 
-def config_to_hf(config: ModelConfig, *, template: str, max_tiles: int, use_thumbnail: bool = True) -> dict[str, Any]:
+def config_to_hf(
+    config: ModelConfig,
+    *,
+    template: str,
+    max_tiles: int,
+    min_tiles: int = 1,
+    use_thumbnail: bool = True,
+    dynamic: bool = True,
+) -> dict[str, Any]:
     """The `config.json` of a model in the InternVL chat layout, as `config_from_hf` and the chat code read it.
 
     Raises ValueError for a decoder that its family's configuration cannot express.
@@ -205,10 +213,10 @@ def config_to_hf(config: ModelConfig, *, template: str, max_tiles: int, use_thum
         "architectures": ["InternVLRewardModel"],
         "model_type": "internvl_chat",
         "downsample_ratio": config.downsample_ratio,
-        "dynamic_image_size": True,
+        "dynamic_image_size": dynamic,
         "force_image_size": v.image_size,
         "max_dynamic_patch": max_tiles,
-        "min_dynamic_patch": 1,
+        "min_dynamic_patch": min_tiles,
         "pad2square": False,
         "ps_version": config.pixel_shuffle,
         "select_layer": config.select_layer,

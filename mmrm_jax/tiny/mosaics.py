@@ -47,10 +47,19 @@ _SHARE = 0.04  # of the picture, below which a colour is not spoken of
 
 def make_mosaic(seed: int, index: int) -> Caption:
     """Picture `index` of a stream with one question: which colours, whether one is there, or which is at a place."""
-    rng = np.random.default_rng([seed, _STREAM, index])
+    rng = np.random.default_rng([seed, _STREAM, 0, index])
     labels = _labels(rng)
     pixels = _shaded(labels, rng)
     prompt, answer = (_colours, _presence, _place)[int(rng.integers(3))](labels, rng)
+    return Caption(pixels=pixels, prompt=prompt, answer=answer)
+
+
+def make_mosaic_check(seed: int, index: int) -> Caption:
+    """Picture `index` of another stream with the question whether a colour is there: Yes or No."""
+    rng = np.random.default_rng([seed, _STREAM, 1, index])
+    labels = _labels(rng)
+    pixels = _shaded(labels, rng)
+    prompt, answer = _presence(labels, rng)
     return Caption(pixels=pixels, prompt=prompt, answer=answer)
 
 

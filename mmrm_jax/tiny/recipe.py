@@ -1,10 +1,10 @@
-"""How the packaged tiny InternVL was made: caption-style pretraining on the shapes world.
+"""How the packaged tiny InternVL was made: caption-style pretraining on rendered pictures.
 
     python -m mmrm_jax.tiny.recipe --out DIRECTORY
 
-trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about rendered scenes
-(next-token loss on the answers, tied LM head), and writes an InternVL chat checkpoint without a score head. It never
-sees a preference. About 20 minutes on 2 cores; the same machine gives the same weights.
+trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about the scenes of the
+shapes world and about mosaics of many colours (next-token loss on the answers, tied LM head), and writes an InternVL chat
+checkpoint without a score head. It never sees a preference. The same machine gives the same weights.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import save_params
 from mmrm_jax.models.internvl import InternVL
+from mmrm_jax.tiny.mosaics import make_mosaic, make_mosaic_check
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, save_tokenizer, train_tokenizer
 from mmrm_jax.types import Batch, Group
 
@@ -48,6 +49,7 @@ CONFIG = ModelConfig(
 )
 VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
 WINDOW = 40  # longest answer, in tokens
+QUESTIONS = 768  # held out, to watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +58,17 @@ class Recipe:
     Loshchilov & Hutter 2017, arXiv 1608.03983)."""
 
     out: Path
-    captions: int = 40000
+    captions: int = 60000
     steps: int = 6000
-    cycles: int = 2
+    cycles: int = 3
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
 
 
 def caption_group(seed: int, index: int) -> Group:
-    """A caption, or at odd indices a yes-or-no check of an answer, as a group of one response."""
-    c = make_check(seed, index) if index % 2 else make_caption(seed, index)
+    """A caption of a scene, a yes-or-no check of an answer about one, or a question about a mosaic, by turns."""
+    c = (make_caption, make_check, make_mosaic)[index % 3](seed, index)
     return Group(f"caption-{index}", c.prompt, (c.answer,), (), encode_png(c.pixels), "captions", "captions", index + 1)
 
 
@@ -99,9 +101,9 @@ def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
 
 
 def question_group(seed: int, index: int) -> Group:
-    """A held-out question, or at odd indices a check, with its right and wrong answer in this order."""
-    if index % 2:
-        c = make_check(seed + 1, index)
+    """A held-out question, check of an answer or check of a mosaic, by turns, with its right answer and a wrong one."""
+    if index % 3:
+        c = (make_check if index % 3 == 1 else make_mosaic_check)(seed + 1, index)
         pixels, prompt, answers = c.pixels, c.prompt, (c.answer, "No." if c.answer == "Yes." else "Yes.")
     else:
         q = scene_truth(seed, "neutral", "validation", index)
@@ -112,11 +114,11 @@ def question_group(seed: int, index: int) -> Group:
 def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
     """Train from scratch; prints the loss, and how often the right answer to held-out questions is the likelier one."""
     source = MemorySource(tuple(caption_group(recipe.seed, i) for i in range(recipe.captions)))
-    questions = MemorySource(tuple(question_group(recipe.seed, i) for i in range(512)))
+    questions = MemorySource(tuple(question_group(recipe.seed, i) for i in range(QUESTIONS)))
     data, _ = index_source(source, processor, VIEWS, cache=True)
     test, _ = index_source(questions, processor, VIEWS, cache=True)
     buckets = buckets_for([data], 1)
-    test_batch = MakeBatch(test, buckets_for([test], 1), 512)(np.arange(512))
+    test_batch = MakeBatch(test, buckets_for([test], 1), QUESTIONS)(np.arange(QUESTIONS))
     test_batch = jax.tree.map(lambda x: x[0], test_batch)
     make = MakeBatch(data, buckets, recipe.batch_size)
     turn = processor.chat.special_id("<|im_start|>")
@@ -156,7 +158,8 @@ def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
             params, opt_state, loss = step(params, opt_state, *batch(indices))
             if i % 250 == 0:
                 right, seconds = np.asarray(evaluate(params, test_batch)), time.monotonic() - start
-                scores = f"answers {right[0::2].mean():.3f}, checks {right[1::2].mean():.3f}"
+                names = ("answers", "checks", "mosaics")
+                scores = ", ".join(f"{name} {right[i::3].mean():.3f}" for i, name in enumerate(names))
                 print(f"cycle {cycle + 1} step {i}: loss {loss:.4f}, {scores}, {seconds:.0f} s", flush=True)
     return params
 

@@ -3,8 +3,8 @@
     python -m mmrm_jax.tiny.recipe --out DIRECTORY
 
 trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about the scenes of the
-shapes world and about mosaics of many colours (next-token loss on the answers, tied LM head), and writes an InternVL chat
-checkpoint without a score head. It never sees a preference. The same machine gives the same weights.
+shapes world and about mosaics of many colours (next-token loss on the answers, tied LM head), and writes an InternVL
+chat checkpoint without a score head. It never sees a preference. The same machine gives the same weights.
 """
 
 from __future__ import annotations

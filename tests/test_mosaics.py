@@ -1,0 +1,48 @@
+"""Mosaics: the same for the same seed, and answers that the pixels bear out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmrm_jax.tiny.mosaics import COLOURS, NAMES, PLACES, make_mosaic, make_mosaic_check
+
+
+def nearest(pixels: np.ndarray) -> np.ndarray:
+    """The number of the name nearest to each pixel."""
+    palette = np.asarray(list(COLOURS.values()), np.float64)
+    return np.argmin(np.sum((pixels[:, :, None].astype(np.float64) - palette) ** 2, axis=-1), axis=-1)
+
+
+def test_a_picture_depends_on_its_seed_and_index_alone():
+    a, b, other = make_mosaic(1, 7), make_mosaic(1, 7), make_mosaic(2, 7)
+    assert (a.prompt, a.answer) == (b.prompt, b.answer) and np.array_equal(a.pixels, b.pixels)
+    assert not np.array_equal(a.pixels, other.pixels)
+    assert not np.array_equal(make_mosaic_check(1, 7).pixels, a.pixels)
+
+
+def test_answers_follow_the_pixels():
+    right: dict[str, list[bool]] = {"colours": [], "place": [], "yes": [], "no": []}
+    for i in range(600):
+        picture = make_mosaic(0, i)
+        names = nearest(picture.pixels)
+        shares = np.bincount(names.ravel(), minlength=len(NAMES)) / names.size
+        if picture.prompt.startswith("Is there any "):
+            name = picture.prompt.removeprefix("Is there any ").removesuffix(" in the picture?")
+            kind = picture.answer.rstrip(".").lower()
+            right[kind].append((shares[NAMES.index(name)] > 0.02) == (kind == "yes"))
+        elif picture.prompt.startswith("Which colour is most of the "):
+            place = picture.prompt.removeprefix("Which colour is most of the ").rstrip("?")
+            row, column = (round(16 * c) for c in PLACES[place])
+            part = names[row : row + 16, column : column + 16]
+            right["place"].append(NAMES[np.bincount(part.ravel()).argmax()] == picture.answer.rstrip(".").lower())
+        else:
+            right["colours"].append(NAMES[int(shares.argmax())] == picture.answer.rstrip(".").lower().split(", ")[0])
+    assert all(len(found) > 60 for found in right.values())
+    # Light, grain and shades that are a little off move some pixels to a neighbouring name.
+    assert all(np.mean(found) > 0.75 for found in right.values()), {k: np.mean(v) for k, v in right.items()}
+    assert 0.4 < len(right["yes"]) / (len(right["yes"]) + len(right["no"])) < 0.6
+
+
+def test_checks_are_yes_or_no():
+    answers = [make_mosaic_check(0, i).answer for i in range(200)]
+    assert set(answers) == {"Yes.", "No."} and 70 < answers.count("Yes.") < 130

@@ -219,12 +219,13 @@ def test_holdout_is_the_same_for_a_file_and_its_prepared_data_set(folder):
 
 
 def test_an_image_held_out_of_one_file_is_held_out_of_all():
-    images = [f"image {i}".encode() for i in range(300)]
+    images = [f"image {i}".encode() for i in range(3000)]
     held = [
         {g.image for g in groups_of(split_holdout(memory(part), 0.2, seed=0)[1])}
-        for part in (images, images[:200], images[100:])
+        for part in (images, images[:2000], images[1000:])
     ]
     assert held[0] == held[1] | held[2] and held[1] & held[2]
+    assert abs(len(held[0]) / 3000 - 0.2) < 0.02  # under three standard deviations of a fair draw
 
 
 def test_holdout_edges(folder):

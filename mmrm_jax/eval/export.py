@@ -98,7 +98,7 @@ def _configuration(
             dynamic=images.dynamic,
         )
     text = source["text_config" if before == "native" else "llm_config"]
-    hf[section] = {k: text[k] for k in CARRIED if k in text} | hf[section] | {"tie_word_embeddings": tied}
+    hf[section] |= {k: text[k] for k in CARRIED if k in text} | {"tie_word_embeddings": tied}
     return hf
 
 

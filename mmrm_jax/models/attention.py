@@ -33,14 +33,7 @@ def response_attention(
     return jax.lax.map(lambda group: _response_attention(*(x[None] for x in group))[0], arguments)
 
 
-def _response_attention(
-    q: Float[Array, "G N R H E"],
-    k: Float[Array, "G N R K E"],
-    v: Float[Array, "G N R K E"],
-    prefix_k: Float[Array, "G P K E"],
-    prefix_v: Float[Array, "G P K E"],
-    prefix_lengths: Int[Array, " G"],
-) -> Float[Array, "G N R H E"]:
+def _response_attention(q: Array, k: Array, v: Array, prefix_k: Array, prefix_v: Array, prefix_lengths: Array) -> Array:
     groups, n, r, heads, width = q.shape
     kv_heads, p = k.shape[3], prefix_k.shape[1]
     q = (q * width**-0.5).reshape(groups, n, r, kv_heads, heads // kv_heads, width)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import numpy as np
+import pytest
 
 from mmrm_jax.tiny.mosaics import COLOURS, NAMES, PLACES, make_mosaic, make_mosaic_check
+from mmrm_jax.tiny.recipe import CONFIG, colours
 
 
 def nearest(pixels: np.ndarray) -> np.ndarray:
@@ -46,3 +51,22 @@ def test_answers_follow_the_pixels():
 def test_checks_are_yes_or_no():
     answers = [make_mosaic_check(0, i).answer for i in range(200)]
     assert set(answers) == {"Yes.", "No."} and 70 < answers.count("Yes.") < 130
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_colours_are_those_under_each_visual_token(version: Literal["v1", "v2"]) -> None:
+    """Read back from pictures that are grey but for one quarter of one patch."""
+    config = dataclasses.replace(CONFIG, pixel_shuffle=version)
+    side, patch = CONFIG.vision.image_size, CONFIG.vision.patch_size
+    quarters = 2 * side // patch
+    tokens = int(CONFIG.visual_tokens_per_tile**0.5)
+    for row, column in [(0, 0), (0, quarters - 1), (2, 5), (quarters - 1, 1)]:
+        pixels = np.full((1, 2, side, side, 3), 128, np.uint8)
+        half = patch // 2
+        pixels[0, 1, row * half : (row + 1) * half, column * half : (column + 1) * half] = (255, 128, 64)
+        found = np.asarray(colours(pixels, config))
+        assert found.shape == (1, 2 * tokens**2, 3 * (quarters // tokens) ** 2)
+        place = (row * tokens // quarters, column * tokens // quarters)
+        token = place[0] * tokens + place[1] if version == "v2" else place[1] * tokens + place[0]
+        np.testing.assert_allclose(np.sort(found[0, tokens**2 + token])[[0, -1]], [-1, 255 / 64 - 2])
+        assert np.count_nonzero(found) == 2

@@ -4,7 +4,11 @@
 
 trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about the scenes of the
 shapes world and about mosaics of many colours (next-token loss on the answers, tied LM head), and writes an InternVL
-chat checkpoint without a score head. It never sees a preference. The same machine gives the same weights.
+chat checkpoint without a score head. Beside it a linear map, dropped afterwards, reads the picture's colours back from
+the visual tokens, so that they keep them. It never sees a preference. The same machine gives the same weights.
+
+The packaged model took 42 minutes on 2 busy cores. It prefers the right answer to 99.2 % of held-out questions, 83.2 %
+of checks of an answer and 77.7 % of checks of a mosaic.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from mmrm_jax.config import BranchInput, DecoderConfig, ModelConfig, VisionConfig
 from mmrm_jax.data.pipeline import MakeBatch, buckets_for, index_source
@@ -29,7 +33,7 @@ from mmrm_jax.data.shapes import encode_png, make_caption, make_check, scene_tru
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import save_params
-from mmrm_jax.models.internvl import InternVL
+from mmrm_jax.models.internvl import InternVL, pixel_shuffle
 from mmrm_jax.tiny.mosaics import make_mosaic, make_mosaic_check
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, save_tokenizer, train_tokenizer
 from mmrm_jax.types import Batch, Group
@@ -88,6 +92,16 @@ def answer_window(batch: Batch, turn: int, header: int) -> tuple[np.ndarray, np.
     return positions, targets, positions >= starts[:, None] + header - 1
 
 
+def colours(pixels: UInt8[Array, "G T h w 3"], config: ModelConfig) -> Float[Array, "G TV C"]:
+    """What each visual token covers: the mean colours of the quarters of its patches, about zero and one apart."""
+    side = config.vision.image_size // config.vision.patch_size
+    g, t = pixels.shape[:2]
+    quarters = pixels.reshape(g * t, side, 2, -1, side, 2, config.vision.patch_size // 2, 3).mean((3, 6)) / 64 - 2
+    patches = quarters.transpose(0, 1, 3, 2, 4, 5).reshape(g * t, side, side, -1)
+    shuffled = pixel_shuffle(patches, config.downsample_ratio, config.pixel_shuffle)
+    return shuffled.reshape(g, t * config.visual_tokens_per_tile, -1)
+
+
 def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
     """1 where the right answer (response 0) is more probable than the wrong one, given image and question."""
     prefix, tokens, lengths = batch.prefixes["primary"], batch.responses, batch.response_lengths
@@ -130,38 +144,45 @@ def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
 
     with nnx.use_eager_sharding(False):
         graphdef, params = nnx.split(InternVL(CONFIG, nnx.Rngs(recipe.seed)))
+    quarters = 4 * round(CONFIG.downsample_ratio**-2) * 3
+    trained = (params, jnp.zeros((CONFIG.decoder.width, quarters)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
-    def loss_fn(params, batch, window):
-        """Mean over answers of their mean next-token loss."""
+    def loss_fn(trained, batch, window):
+        """Mean over answers of their mean next-token loss, plus the squared error of colours read back."""
         positions, targets, mask = window
+        params, reader = trained
         model = nnx.merge(graphdef, params)
+        pixels = batch.prefixes["primary"].pixels
+        error = model.visual_features(pixels, jnp.dtype("float32")) @ reader - colours(pixels, CONFIG)
         hidden, _ = model(batch.prefixes["primary"], batch.responses, batch.response_lengths, jnp.dtype("float32"))
         logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))
+        answers = jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))
+        return answers + jnp.mean(error**2), (answers, jnp.mean(error**2))
 
     @jax.jit
-    def step(params, opt_state, batch, window):
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch, window)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+    def step(trained, opt_state, batch, window):
+        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, batch, window)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, losses
 
     evaluate = jax.jit(lambda params, batch: grounded(nnx.merge(graphdef, params), batch))
     rng = np.random.default_rng(recipe.seed)
     start = time.monotonic()
     for cycle in range(recipe.cycles):
-        opt_state = optimizer.init(params)
+        opt_state = optimizer.init(trained)
         for i in range(1, recipe.steps + 1):
             indices = rng.integers(len(data), size=recipe.batch_size)
-            params, opt_state, loss = step(params, opt_state, *batch(indices))
+            trained, opt_state, (loss, error) = step(trained, opt_state, *batch(indices))
             if i % 250 == 0:
-                right, seconds = np.asarray(evaluate(params, test_batch)), time.monotonic() - start
+                right, seconds = np.asarray(evaluate(trained[0], test_batch)), time.monotonic() - start
                 names = ("answers", "checks", "mosaics")
                 scores = ", ".join(f"{name} {right[i::3].mean():.3f}" for i, name in enumerate(names))
-                print(f"cycle {cycle + 1} step {i}: loss {loss:.4f}, {scores}, {seconds:.0f} s", flush=True)
-    return params
+                losses = f"loss {loss:.4f}, colours {error:.4f}"
+                print(f"cycle {cycle + 1} step {i}: {losses}, {scores}, {seconds:.0f} s", flush=True)
+    return trained[0]
 
 
 def main() -> None:

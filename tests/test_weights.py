@@ -20,6 +20,7 @@ from tiny_models import DECODER, MODEL, flat, random_params
 from mmrm_jax.config import DataConfig, MeshConfig, ModelConfig
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.models.hf import tensors
+from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.tensors import Tensor
 from mmrm_jax.models.hf.weights import checkpoint_problems, load_params, save_params
 from mmrm_jax.sharding import make_mesh, param_shardings
@@ -99,6 +100,33 @@ def test_a_proxy_inside_is_read_on_demand(tmp_path: Path) -> None:
     save_params(tmp_path, MODEL, primary)
     with pytest.raises(ValueError, match=r"missing: language_model\.model\.embed_tokens\.weight"):
         load_params(tmp_path, MODEL, init, branch="proxy")
+
+
+@pytest.mark.parametrize("max_file_bytes", [4000, 10**9], ids=["several files", "one file"])
+def test_a_value_head_in_its_own_file_is_the_score_head(tmp_path: Path, max_file_bytes: int) -> None:
+    params = random_params(MODEL, 1)
+    weight, bias = np.asarray(params["score"].get_value())[None], np.full(1, 0.25, np.float32)
+    base, head = nnx.State({k: v for k, v in params.items() if k != "score"}), {"v_head.summary.weight": weight}
+    save_params(tmp_path, MODEL, base, max_file_bytes=max_file_bytes)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(MODEL, template="", max_tiles=1)))
+    save_file(head | {"v_head.summary.bias": bias}, tmp_path / "value_head.safetensors")
+    got, initialised = load_params(tmp_path, MODEL, init_params(MODEL, 0))
+    assert_same(got, params)
+    assert initialised == []
+    found, before = inspect_checkpoint(tmp_path), model_fingerprint(tmp_path)
+    assert (found["score_head"], found["value_head_bias"]) == (True, 0.25)
+    save_file(head, tmp_path / "value_head.safetensors")
+    assert inspect_checkpoint(tmp_path)["value_head_bias"] is None
+    assert model_fingerprint(tmp_path) != before
+    save_file({"v_head.0.weight": weight}, tmp_path / "value_head.safetensors")
+    with pytest.raises(ValueError, match=r"value_head.safetensors has v_head.0.weight; supported: v_head.summary"):
+        load_params(tmp_path, MODEL, init_params(MODEL, 0))
+    # A later save takes it away; put beside a score head it is one too many.
+    save_params(tmp_path, MODEL, params, max_file_bytes=max_file_bytes)
+    assert not (tmp_path / "value_head.safetensors").exists()
+    save_file(head, tmp_path / "value_head.safetensors")
+    with pytest.raises(ValueError, match=r"score.weight and a value head in value_head.safetensors"):
+        load_params(tmp_path, MODEL, init_params(MODEL, 0))
 
 
 @pytest.mark.parametrize("config", [MODEL, INTERNLM2, PHI3], ids=["qwen2", "internlm2", "phi3"])

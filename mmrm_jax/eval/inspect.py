@@ -18,7 +18,7 @@ from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
 from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.names import PROXY_PREFIX, checkpoint_layout
-from mmrm_jax.models.hf.tensors import open_tensors, weight_files
+from mmrm_jax.models.hf.tensors import open_tensors, value_head_bias, weight_files
 from mmrm_jax.models.hf.weights import checkpoint_problems, unused_tensors
 from mmrm_jax.models.sizes import INTERNVL2
 from mmrm_jax.train.setup import processor_problems
@@ -83,6 +83,7 @@ def _weights(path: Path, config: ModelConfig, problems: list[str]) -> dict[str, 
         "bytes": sum(file.stat().st_size for file in files),
         "dtypes": dict(collections.Counter(t.dtype for t in tensors.values())),
         "score_head": scored,
+        "value_head_bias": value_head_bias(path),
         "proxy": with_proxy,
         "lm_head": bool(unused_tensors(path)),
     }
@@ -122,6 +123,8 @@ def print_description(found: dict[str, Any], console: Console) -> None:
         extra = [name for name, there in (("its proxy", found["proxy"]), ("an LM head", found["lm_head"])) if there]
         rows["weights"] = f"{found['layout']} layout, {found['files']} file(s), {found['bytes']:,} bytes, {dtypes}"
         rows["holds"] = " and ".join(["a reward model" if found["score_head"] else "a base model", *extra]) + missing
+        if found["value_head_bias"] is not None:
+            rows["value head"] = f"without its bias: every reward here is {found['value_head_bias']:.6g} less"
     if "template" in found:
         images = found["preprocessing"]
         tiles = f"{images['min_tiles']} to {images['max_tiles']} tiles" if images["dynamic"] else "one tile"

@@ -15,7 +15,7 @@ from mmrm_jax.config import (
     LongRope,
     RopeScaling,
 )
-from mmrm_jax.models.hf.fields import checked
+from mmrm_jax.models.hf.fields import FIELDS, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,8 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
 def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
     """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
     field = "rope_parameters" if c["rope_parameters"] else "rope_scaling"
+    if nested := [k for k, v in (c[field] or {}).items() if isinstance(v, dict) and k not in FIELDS]:
+        raise ValueError(f"{where}.{field} has its own settings for {', '.join(nested)}; supported: one for all layers")
     # What is left open is as good as absent.
     scaling = {k: v for k, v in checked(c[field] or {}, f"{where}.{field}.", {}).items() if v is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -12,6 +12,10 @@ from safetensors import SafetensorError, safe_open
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+# A score head trained elsewhere (TRL's value head) may lie beside the weights, in a file and under a name of its own.
+VALUE_HEAD = "value_head.safetensors"
+HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -35,25 +39,49 @@ class Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`; or the index and, in order of their names, the files it names.
+    """`model.safetensors`, or the index and, in order of their names, the files it names; then a value head's, if any.
 
     Raises ValueError where there is neither, and for an index that is damaged or names files outside the folder.
     """
+    head = [folder / VALUE_HEAD] if (folder / VALUE_HEAD).is_file() else []
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return [folder / SINGLE, *head]
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
-    return [folder / INDEX, *(folder / name for name in sorted(set(_weight_map(folder / INDEX).values())))]
+    return [folder / INDEX, *(folder / name for name in sorted(set(_weight_map(folder / INDEX).values()))), *head]
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint folder by name; only headers are read.
+    """Every tensor of a checkpoint folder by name; only headers are read. A value head's weight is "score.weight".
 
-    Raises ValueError for files that are missing, cut short or no safetensors, and where index and files disagree.
+    Its bias is left out: it adds the same number to every reward. Raises ValueError for files that are missing, cut
+    short or no safetensors, where index and files disagree, and for a value head beside a score head.
     """
     files = weight_files(folder)
-    if files[0].name == SINGLE:
-        return _read_header(files[0])
+    head = _value_head(files.pop()) if files[-1].name == VALUE_HEAD else {}
+    found = _read_header(files[0]) if files[0].name == SINGLE else _indexed(files)
+    if both := found.keys() & head.keys():
+        raise ValueError(f"{folder} has {', '.join(both)} and a value head in {VALUE_HEAD}: take one of them away")
+    return found | head
+
+
+def value_head_bias(folder: Path) -> float | None:
+    """The bias of a value head in a file of its own, which rewards here leave out; None where there is none."""
+    file = folder / VALUE_HEAD
+    bias = _read_header(file).get(HEAD_BIAS) if file.is_file() else None
+    return None if bias is None else float(bias.read((slice(None),) * len(bias.shape)).reshape(-1)[0])
+
+
+def _value_head(file: Path) -> dict[str, Tensor]:
+    tensors = _read_header(file)
+    if HEAD_WEIGHT not in tensors or not tensors.keys() <= {HEAD_WEIGHT, HEAD_BIAS}:
+        raise ValueError(
+            f"{file} has {', '.join(sorted(tensors)) or 'no tensor'}; supported: {HEAD_WEIGHT}, {HEAD_BIAS}"
+        )
+    return {"score.weight": tensors[HEAD_WEIGHT]}
+
+
+def _indexed(files: list[Path]) -> dict[str, Tensor]:
     problems, found, where = [], {}, _weight_map(files[0])
     for file in files[1:]:
         if not file.is_file():

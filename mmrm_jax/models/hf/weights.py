@@ -25,7 +25,7 @@ from mmrm_jax.models.hf.names import (
     checkpoint_layout,
     name_table,
 )
-from mmrm_jax.models.hf.tensors import INDEX, SINGLE, Tensor, open_tensors, weight_files
+from mmrm_jax.models.hf.tensors import INDEX, SINGLE, VALUE_HEAD, Tensor, open_tensors, weight_files
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -249,7 +249,8 @@ def save_params(
         made = {key: _whole(shape, source, dtype) for key, shape, source in items}
         save_file(made, path / name, metadata={"format": "pt"})
     # What an earlier save left would be taken for this one.
-    (path / (SINGLE if len(files) > 1 else INDEX)).unlink(missing_ok=True)
+    for name in (SINGLE if len(files) > 1 else INDEX, VALUE_HEAD):
+        (path / name).unlink(missing_ok=True)
     if len(files) > 1:
         total = size * sum(int(np.prod(shape)) for _, shape, _ in plan)
         where = {key: name for name, items in zip(names, files, strict=True) for key, _, _ in items}

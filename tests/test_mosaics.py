@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,7 +65,7 @@ def test_colours_are_those_under_each_visual_token(version: Literal["v1", "v2"])
         pixels = np.full((1, 2, side, side, 3), 128, np.uint8)
         half = patch // 2
         pixels[0, 1, row * half : (row + 1) * half, column * half : (column + 1) * half] = (255, 128, 64)
-        found = np.asarray(colours(pixels, config))
+        found = np.asarray(colours(jnp.asarray(pixels), config))
         assert found.shape == (1, 2 * tokens**2, 3 * (quarters // tokens) ** 2)
         place = (row * tokens // quarters, column * tokens // quarters)
         token = place[0] * tokens + place[1] if version == "v2" else place[1] * tokens + place[0]

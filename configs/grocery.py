@@ -25,7 +25,7 @@ config = MatrixConfig(
     ),
     train=TrainConfig(
         batch_size=32,
-        steps=800,
+        steps=600,
         freeze=(),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1.0),
         data=DataConfig(holdout=0.1, buckets=3, max_tiles=4),

@@ -13,7 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from mmrm_jax.config import BranchInput
+from mmrm_jax.models.lora import merge_model
 from mmrm_jax.objectives import Objective, Terms, margins
+from mmrm_jax.sharding import constrain_params
 from mmrm_jax.train.state import TrainState, merge_branch
 from mmrm_jax.types import Batch, PyTree
 
@@ -32,7 +34,7 @@ def branch_rewards(
 ) -> dict[str, Float[Array, "G N"]]:
     """Rewards of every branch in `params`; one in `keys` has drop path in its vision tower, if that has a rate."""
     return {
-        branch: nnx.merge(graphdef, merge_branch(trainable, frozen)).rewards(
+        branch: merge_model(graphdef, merge_branch(trainable, frozen)).rewards(
             batch.prefixes[branch], batch.responses, batch.response_lengths, dtype, keys.get(branch)
         )
         for branch, trainable in params.items()
@@ -103,7 +105,7 @@ def make_train_step(
     def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key)
-        return grads, sums
+        return constrain_params(grads), sums  # so that they are summed in shards, like their parameters
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda x: x[0], batch)

@@ -197,7 +197,9 @@ def test_rules_that_collide_raise() -> None:
 
 def test_a_dimension_the_mesh_does_not_divide_raises_with_its_name() -> None:
     config = dataclasses.replace(MODEL, decoder=dataclasses.replace(DECODER, mlp_width=22, vocab_size=33))
-    wrong = r"decoder/layers/down/kernel \(2, 22, 16\): 22 does not divide into 4 parts \(tensor=4\); it does into 2: make "
+    wrong = (
+        r"decoder/layers/down/kernel \(2, 22, 16\): 22 does not divide into 4 parts \(tensor=4\); it does into 2: make "
+    )
     with pytest.raises(ValueError, match=wrong + "tensor of the mesh smaller, and data larger instead"):
         param_shardings(abstract_model(config)[1], make_mesh(MeshConfig(2, 1, 4)))
     # No vocabulary has to divide: only the columns of its table are split.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -90,6 +91,7 @@ def _as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
 def _in_mesh(mesh: Mesh, step: Callable) -> Callable:
     """Trace and call a step with its mesh set, so that the model can pin activations to it."""
 
+    @functools.wraps(step)
     def call(*args):
         with jax.set_mesh(mesh):
             return step(*args)

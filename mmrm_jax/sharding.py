@@ -178,15 +178,6 @@ def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
     return jax.device_put(batch, batch_shardings(batch, mesh, micro=micro))
 
 
-def constrain_params(params: PyTree) -> PyTree:
-    """Pin annotated parameters, or gradients in their place, to the shards they are kept in."""
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(constrain(variable.get_value(), *variable.get_metadata()["out_sharding"]))
-
-    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's logical axes inside a computation; without a mesh it does nothing."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Key
 from mmrm_jax.config import BranchInput
 from mmrm_jax.models.lora import merge_model
 from mmrm_jax.objectives import Objective, Terms, margins
-from mmrm_jax.sharding import constrain_params
 from mmrm_jax.train.state import TrainState, merge_branch
 from mmrm_jax.types import Batch, PyTree
 
@@ -105,7 +104,7 @@ def make_train_step(
     def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key)
-        return constrain_params(grads), sums  # so that they are summed in shards, like their parameters
+        return grads, sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda x: x[0], batch)

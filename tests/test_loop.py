@@ -23,7 +23,7 @@ from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
 from mmrm_jax.train.loop import TrainingError, train
 from mmrm_jax.train.program import Program, build_program
-from mmrm_jax.train.state import TrainState, abstract_model, create_state, init_params
+from mmrm_jax.train.state import TrainState, init_params
 from mmrm_jax.types import Comparison, Group
 
 MODEL = ModelConfig(
@@ -76,16 +76,6 @@ def fresh_state(program: Program) -> TrainState:
 def stream(make: MakeBatch, start: int = 0):
     plan = BatchPlan([s.response for s in make.data.shapes], CONFIG.batch_size, 0, STEPS)
     return batches(plan, make, start=start)
-
-
-def abstract_state(program: Program, model: ModelConfig = MODEL, config: TrainConfig = CONFIG) -> TrainState:
-    """Shapes and shardings alone, as a new process has them before it restores."""
-    _, params = abstract_model(model)
-    views = program.objective.views(config.proxy_input)
-    state = jax.eval_shape(lambda p: create_state(p, views, config.freeze, program.optimizer, config.seed), params)
-    leaves, treedef = jax.tree.flatten(state)
-    placed = zip(leaves, jax.tree.leaves(program.shardings), strict=True)
-    return treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
 
 
 def read_metrics(run_dir: Path, *, seconds: bool = True) -> list[dict]:
@@ -173,7 +163,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, program, make, tmp_pat
     # A new process: nothing is left but the directory and the configuration.
     program = build_program(MODEL, CONFIG, STEPS)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state = checkpoints.restore(checkpoints.latest(), abstract_state(program))
+    state = checkpoints.restore(checkpoints.latest(), program.abstract)
     checkpoints.close()
     assert int(state.step) == 3
     for restored, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):
@@ -198,15 +188,15 @@ def test_starting_again_replaces_what_an_earlier_run_left(finished, program, mak
 def test_every_checkpoint_holds_its_own_step(program, make, tmp_path):
     """Even if the one before is still being written, and the next step takes over the state's buffers meanwhile."""
     state, expected = fresh_state(program), {}
-    checkpoints = Checkpoints(tmp_path, keep=10)
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_last=10))
     for step, batch in enumerate(itertools.islice(stream(make), 4)):
         expected[step] = [np.array(x) for x in jax.tree.leaves(state)]
         checkpoints.save(step, state)
         state, _ = program.train_step(state, program.put(batch))
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path, keep=10)
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_last=10))
     for step, values in expected.items():
-        restored = checkpoints.restore(step, abstract_state(program))
+        restored = checkpoints.restore(step, program.abstract)
         assert all(np.array_equal(a, b) for a, b in zip(arrays(restored), values, strict=True)), step
     checkpoints.close()
 
@@ -250,7 +240,7 @@ def test_restoring_onto_another_model_lists_the_differences(finished):
     def problems(model: ModelConfig, config: TrainConfig) -> str:
         other = build_program(model, config, STEPS)
         with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(STEPS, abstract_state(other, model, config))
+            checkpoints.restore(STEPS, other.abstract)
         return str(error.value)
 
     wide = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, mlp_width=24))
@@ -267,7 +257,7 @@ def test_restoring_onto_another_model_lists_the_differences(finished):
 
 def test_restoring_checks_dtypes(finished, program):
     run_dir, _, _ = finished
-    like = abstract_state(program)
+    like = program.abstract
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), like.frozen)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     with pytest.raises(CheckpointError, match="dtype of frozen/.*: saved float32, wanted bfloat16"):
@@ -291,7 +281,7 @@ def test_another_runs_directory_is_refused(tmp_path):
     write_config(tmp_path / "run", {"seed": 0})
     check_config(tmp_path / "run", {"seed": 0})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}
-    check_config(tmp_path / "run", {"seed": 0, "title": "new"}, ignore=("title",))
+    assert check_config(tmp_path / "run", {"seed": 0, "title": "new"}, ignore=("title",)) == ["title: None -> 'new'"]
     with pytest.raises(CheckpointError, match=r"holds a run with another configuration:\n  seed: 0 -> 1"):
         check_config(tmp_path / "run", {"seed": 1})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}

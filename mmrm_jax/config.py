@@ -209,7 +209,7 @@ class TrainConfig:
         eval_every: Steps between evaluations on the held-out part; None evaluates at the end only.
         checkpoint_every: Steps between checkpoints; None saves at the end only.
         strict: Stop at the first row that cannot be used, instead of reporting it in the quarantine.
-        keep_last: Newest checkpoints that are kept; of one that turns out to be damaged, the one before takes the place.
+        keep_last: Newest checkpoints that are kept. Where the last turns out to be damaged, the one before is used.
         keep_best: Checkpoints that are kept beside these for their `best_metric`; they are made where an evaluation is.
         best_metric: Entry of metrics.jsonl that an evaluation on the held-out part leaves.
         best_is: Which values of it are best.
@@ -248,12 +248,11 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.drop_path_rate is {self.drop_path_rate}; it must be at least 0 and below 1")
         if self.keep_best < 0:
             raise ValueError(f"TrainConfig.keep_best is {self.keep_best}; it must be at least 0")
-        if self.keep_best and (self.checkpoint_every is None or self.eval_every is None):
-            raise ValueError("TrainConfig.keep_best needs eval_every and checkpoint_every: the best of what?")
-        if self.keep_best and self.checkpoint_every % self.eval_every:
+        every, evaluated = self.checkpoint_every, self.eval_every
+        if self.keep_best and (every is None or evaluated is None or every % evaluated):
             raise ValueError(
-                f"TrainConfig.keep_best needs an evaluation at every checkpoint: checkpoint_every="
-                f"{self.checkpoint_every} must be a multiple of eval_every={self.eval_every}"
+                "TrainConfig.keep_best needs an evaluation at every checkpoint: checkpoint_every "
+                f"({every}) must be a multiple of eval_every ({evaluated})"
             )
 
 

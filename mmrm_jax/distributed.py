@@ -26,30 +26,28 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
     To be called before the first use of a device. Raises ValueError for variables that are missing or wrong.
     """
-    found = _settings(environment)
-    if found is None:
-        return
-    try:
-        jax.distributed.initialize(*found)
-    except ValueError as error:
-        raise ValueError(f"{DETECT}=auto: JAX found no cluster here ({error}); set {', '.join(BY_HAND)}") from error
-
-
-def _settings(environment: Mapping[str, str]) -> tuple[str, int, int] | tuple[()] | None:
-    """(coordinator, processes, number of this one), nothing where JAX is to find them, None for a single process."""
-    given = {name: environment[name] for name in BY_HAND if environment.get(name)}
-    detect = environment.get(DETECT, "")
+    detect, given = environment.get(DETECT, ""), _given(environment)
     if detect not in ("", "auto"):
         raise ValueError(f"{DETECT} is {detect!r}; it must be auto, or not be set")
-    if detect and given:
-        raise ValueError(f"{DETECT}=auto and {', '.join(given)} are set; choose one of them")
-    if detect:
-        return ()
+    if detect and given is not None:
+        raise ValueError(f"{DETECT}=auto and {', '.join(BY_HAND)} are set; choose one of them")
+    if given is not None:
+        jax.distributed.initialize(*given)
+    elif detect:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(f"{DETECT}=auto: JAX found no cluster ({error}); set {', '.join(BY_HAND)}") from error
+
+
+def _given(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(coordinator, number of processes, number of this one), where they are named by hand."""
+    given = {name: environment[name] for name in BY_HAND if environment.get(name)}
     if not given:
         return None
     if missing := [name for name in BY_HAND if name not in given]:
         raise ValueError(
-            f"{', '.join(given)} are set, but not {', '.join(missing)}: all of {', '.join(BY_HAND)} or none"
+            f"{', '.join(given)} set without {', '.join(missing)}: set all of {', '.join(BY_HAND)}, or none"
         )
     address, count, index = (given[name] for name in BY_HAND)
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class Checkpoints:
     Every method is to be called by all processes.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig = TrainConfig()):
+    def __init__(self, directory: Path, config: TrainConfig | None = None):
         self._checkpointer = ocp.training.Checkpointer(str(directory.resolve()))
-        self._config = config
+        self._config = TrainConfig() if config is None else config
         self._thread = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
         self.directory = directory
@@ -85,7 +85,7 @@ class Checkpoints:
         return None
 
     def save(
-        self, step: int, state: PyTree, *, pending: list[dict[str, Any]] | None = None, metric: float | None = None
+        self, step: int, state: PyTree, *, pending: Sequence[dict[str, Any]] = (), metric: float | None = None
     ) -> None:
         """Start saving `state` as `step`; waits only for a save that is still under way.
 
@@ -94,7 +94,7 @@ class Checkpoints:
         self._settle()
         # Unless forced, Orbax leaves out a checkpoint, even the last, while it is busy with the one before.
         response = self._checkpointer.save_checkpointables_async(
-            step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": pending or []}
+            step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": list(pending)}
         )
         assert response is not None
         self._metrics[step] = metric
@@ -126,7 +126,8 @@ class Checkpoints:
         """What was saved as `pending` with `step`; nothing where there is no such checkpoint."""
         if step not in self._metrics:
             return []
-        return (self._checkpointer.checkpointables_metadata(step).custom_metadata or {}).get("pending", [])
+        saved: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return saved["pending"] if saved else []
 
     def restore(self, step: int, like: PyTree, *, without: str | None = None) -> PyTree:
         """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).

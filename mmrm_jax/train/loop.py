@@ -126,7 +126,7 @@ def _next(batches: Iterator[Batch], step: int) -> Batch:
 
 
 def _best_metric(config: TrainConfig, entry: dict[str, Any]) -> float | None:
-    """What the checkpoint is ranked by, where any are kept for it. Raises TrainingError where there is no such entry."""
+    """What the checkpoint is ranked by, where any are kept for it. Raises TrainingError where it is not measured."""
     if not config.keep_best:
         return None
     value = entry.get(config.best_metric)

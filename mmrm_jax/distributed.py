@@ -31,6 +31,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         raise ValueError(f"{DETECT} is {detect!r}; it must be auto, or not be set")
     if detect and given is not None:
         raise ValueError(f"{DETECT}=auto and {', '.join(BY_HAND)} are set; choose one of them")
+    jax.config.update("jax_enable_preemption_service", False)  # `train.preemption` listens itself
     if given is not None:
         jax.distributed.initialize(*given)
     elif detect:

@@ -130,7 +130,11 @@ def train_run(
         row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
         return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
 
-    with handled() as stop, make_progress(console) as bar, task(bar, config.objective, steps, keep=True) as report:
+    with (
+        handled(program.mesh) as stop,
+        make_progress(console) as bar,
+        task(bar, config.objective, steps, keep=True) as report,
+    ):
         result = train(
             program,
             state,

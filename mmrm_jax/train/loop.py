@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def train(
     run_dir: Path | None = None,
     report: Report = lambda step, metrics: None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    stop: Callable[[int], signal.Signals | None] = lambda step: None,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
     describe: Callable[[int], dict[str, Any]] = lambda index: {"index": index},
 ) -> TrainResult:
     """Run from `state.step` to `steps`; `stream` yields the batches from there on.
@@ -78,8 +79,7 @@ def train(
     loss, a gradient, or a value to be saved is not finite; what `describe` says of the batch's groups is then in the
     file that the message names.
     """
-    batches = iter(stream)
-    with RunFiles(run_dir, int(state.step), config) as files:
+    with RunFiles(run_dir, int(state.step), config) as files, _iterate(stream) as batches:
         interval = Interval(files.pending)
         start = time.monotonic() - (files.history[-1]["seconds"] if files.history else 0.0)
         try:
@@ -87,7 +87,7 @@ def train(
                 batch = program.put(_next(batches, step))
                 state, metrics = program.train_step(state, batch)
                 interval.add(step, metrics, batch.group_index)
-                received = None if step == steps else stop(step)
+                received = None if step == steps else stop()
                 evaluating = evaluate is not None and _due(config.eval_every, step, steps)
                 saving = _due(config.checkpoint_every, step, steps)
                 if evaluating or saving or _due(config.log_every, step, steps):
@@ -116,6 +116,16 @@ def train(
 
 def _due(every: int | None, step: int, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
+
+
+@contextmanager
+def _iterate(stream: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    batches = iter(stream)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "close"):  # of Grain's, which ends its worker processes
+            batches.close()  # type: ignore[attr-defined]
 
 
 def _next(batches: Iterator[Batch], step: int) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -11,7 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmrm_jax.sharding import replicated
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
@@ -26,39 +30,44 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Which signal asks training to stop, if any: to be called after every step, by every process."""
+    """Which signal asks training to stop, if any. Of several processes all get the same answer, one step late.
 
-    def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+    JAX has a service for this (`multihost_utils.reached_preemption_sync_point`), which forgets a notice that comes
+    before the first step, and one that comes when Orbax has asked it about an earlier step.
+    """
 
-    def __call__(self, step: int) -> signal.Signals | None:
-        """The signal, once all processes are at the step to save. `step` counts up by one from call to call."""
-        if jax.process_count() == 1:
-            return self._received
-        # JAX's own handler of SIGTERM tells the other processes, and finds the next step that all of them reach.
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+    def __init__(self, mesh: Mesh):
+        self._received = 0
+        self._each = NamedSharding(mesh, P(mesh.axis_names))  # a number for every device
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._asked: jax.Array | None = None
+
+    def __call__(self) -> signal.Signals | None:
+        """To be called after every step, by every process."""
+        agreed = self._received
+        if jax.process_count() > 1:
+            own = np.full(jax.local_device_count(), self._received, np.int32)
+            before, self._asked = self._asked, self._largest(jax.make_array_from_process_local_data(self._each, own))
+            agreed = 0 if before is None else int(before)
+        return signal.Signals(agreed) if agreed else None
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal: note it, and have a second one stop at once."""
-        self._received = signal.Signals(number)
-        print(f"{self._received.name}: stopping after this step; once more to stop at once", file=sys.stderr)
+        self._received = number
+        name = signal.Signals(number).name
+        print(f"{name}: saving after this step; a second signal stops at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        else:  # Ctrl-C: tell the others as well
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
-def handled() -> Iterator[Preemption]:
+def handled(mesh: Mesh) -> Iterator[Preemption]:
     """Signals reach the Preemption inside, and what handled them before afterwards; in the main thread only."""
-    preemption = Preemption()
+    preemption = Preemption(mesh)
     if threading.current_thread() is not threading.main_thread():
         yield preemption
         return
-    # With several processes SIGTERM is JAX's: it has a handler since they were joined.
-    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, preemption.receive) for number in numbers}
+    before = {number: signal.signal(number, preemption.receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield preemption
     finally:

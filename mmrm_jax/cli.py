@@ -70,7 +70,8 @@ class TrainArgs:
     Attributes:
         spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
-            goes on from its last checkpoint when the command is given again.
+            goes on from its last checkpoint when the command is given again. SIGTERM and Ctrl-C save first; the exit
+            status is then 75 or 130. Several processes need a directory that all of them see.
         config: Settings.
         model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
             None takes the tiny model in the package.
@@ -314,8 +315,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
 }
 
 
+SEVERAL = ("train", "evaluate")  # commands that several processes can run together
+
+
 def main() -> None:
-    """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2."""
+    """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2.
+
+    `mmrm train` that was stopped by SIGTERM has saved and exits with 75, by Ctrl-C with 130 (see `train.preemption`).
+    """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
@@ -325,20 +332,29 @@ def main() -> None:
     if argv[0] not in COMMANDS:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from mmrm_jax import distributed
+    from mmrm_jax.train.preemption import INTERRUPTED, Preempted
+
     try:
-        COMMANDS[argv[0]][0](argv[1:], Console())
+        if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
+            distributed.initialize()
+        COMMANDS[argv[0]][0](argv[1:], Console(quiet=not distributed.is_main()))
+        distributed.shutdown()
+    except Preempted as stopped:
+        distributed.shutdown()
+        _fail(str(stopped), stopped.status)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         goes_on = argv[0] in ("train", "matrix", "quickstart")
-        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""))
+        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""), INTERRUPTED)
 
 
-def _fail(message: str) -> None:
-    print(f"mmrm: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(message: str, status: int = 2) -> None:
+    print(f"mmrm: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -402,7 +418,9 @@ def _command(name: str, argv: Sequence[str]) -> str:
 
 
 def _written(path: Path | None, result: dict[str, Any]) -> dict[str, Any]:
-    if path is not None:
+    from mmrm_jax.distributed import is_main
+
+    if path is not None and is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result

@@ -17,7 +17,7 @@ from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints
 from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.setup import Checkpoint, model_fingerprint, open_checkpoint
-from mmrm_jax.train.state import TrainState, abstract_model
+from mmrm_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +39,11 @@ class SavedRun:
 
         Raises CheckpointError where there is no checkpoint.
         """
-        program, config = self.program, self.config
-        like = jax.eval_shape(lambda p: program.init(p, config), abstract_model(self.checkpoint.config)[1])
-        # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
-        like = jax.tree.map(
-            lambda s, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part),
-            program.shardings,
-            like,
-        )
         checkpoints = Checkpoints(self.path / "checkpoints")
-        step = checkpoints.latest()
+        step = checkpoints.latest(lambda message: console.print(message, style="yellow"))
         if step is None:
             raise CheckpointError(f"{self.path / 'checkpoints'} holds no complete checkpoint: finish the run first")
-        state = checkpoints.restore(step, dataclasses.replace(like, opt_state=()), without="opt_state")
+        state = checkpoints.restore(step, dataclasses.replace(self.program.abstract, opt_state=()), without="opt_state")
         checkpoints.close()
         if step < self.steps:
             console.print(

@@ -10,27 +10,32 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmrm_jax.config import ModelConfig, TrainConfig
 from mmrm_jax.objectives import OBJECTIVES, Objective
-from mmrm_jax.sharding import check_heads, make_mesh, put_batch
+from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
-from mmrm_jax.train.step import make_eval_step, make_train_step
-from mmrm_jax.types import Batch
+from mmrm_jax.train.step import all_finite, make_eval_step, make_train_step
+from mmrm_jax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing."""
+    """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
+
+    `abstract` is the state's shapes, dtypes and shardings.
+    """
 
     objective: Objective
     mesh: Mesh
     optimizer: optax.GradientTransformation
+    abstract: TrainState
     shardings: TrainState
     train_step: Callable
     eval_step: Callable
+    is_finite: Callable
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
@@ -65,9 +70,11 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Progra
         objective,
         mesh,
         optimizer,
+        _placed(abstract, shardings),
         shardings,
-        _in_mesh(mesh, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))),
+        _in_mesh(mesh, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))),
         _in_mesh(mesh, jax.jit(eval_step)),
+        _in_mesh(mesh, jax.jit(all_finite, out_shardings=replicated(mesh))),
     )
 
 
@@ -86,6 +93,15 @@ def _as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
         vision=dataclasses.replace(model.vision, drop_path_rate=rate, remat=config.remat),
         decoder=dataclasses.replace(model.decoder, remat=config.remat),
     )
+
+
+def _placed(abstract: TrainState, shardings: TrainState) -> TrainState:
+    """Abstract arrays with their shardings; one sharding covers a variable, whose value lies inside it."""
+
+    def place(sharding: NamedSharding, part: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, shardings, abstract)
 
 
 def _in_mesh(mesh: Mesh, step: Callable) -> Callable:

@@ -98,12 +98,14 @@ class EvaluateArgs:
         data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
+        step: Of the checkpoint to evaluate; None takes the last.
     """
 
     run: Path
     data: str
     image_root: Path | None = None
     json: Path | None = None
+    step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +188,7 @@ class ExportArgs:
         dtype: Of the weights.
         proxy: Write the text-only proxy too, as the paper's code does.
         json: Also write a summary to this file.
+        step: Of the checkpoint to write; None takes the last.
     """
 
     run: Path
@@ -194,6 +197,7 @@ class ExportArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"
     proxy: bool = False
     json: Path | None = None
+    step: int | None = None
 
 
 def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -245,7 +249,7 @@ def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.single import evaluate_run
 
     args = _parse("evaluate", EvaluateArgs, argv)
-    return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console))
+    return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console, args.step))
 
 
 def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -299,7 +303,15 @@ def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.export import export_run
 
     args = _parse("export", ExportArgs, argv)
-    summary = export_run(args.run, args.out, layout=args.layout, dtype=args.dtype, proxy=args.proxy, console=console)
+    summary = export_run(
+        args.run,
+        args.out,
+        layout=args.layout,
+        dtype=args.dtype,
+        proxy=args.proxy,
+        console=console,
+        chosen=args.step,
+    )
     return _written(args.json, summary)
 
 
@@ -353,7 +365,10 @@ def main() -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
+    from mmrm_jax.distributed import abandon
+
     print(f"mmrm: {message}", file=sys.stderr, flush=True)
+    abandon(status)
     raise SystemExit(status)
 
 

@@ -160,6 +160,17 @@ def test_the_only_checkpoint_is_used_where_its_manifest_is_all_that_is_missing(t
     assert len(messages) == 2 and "passed over" in messages[0] and "cannot be checked" in messages[1]
 
 
+def test_a_step_that_is_asked_for_must_be_there_and_whole(three, tmp_path) -> None:
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.check(1)
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
+        checkpoints.check(7)
+    with pytest.raises(CheckpointError, match="checkpoint 2 is damaged: .*SHA-256"):
+        checkpoints.check(2)
+
+
 def test_parts_of_the_check_cover_every_file(three, tmp_path) -> None:
     manifest = read_manifest(three / "3")
     assert manifest is not None and set(manifest["files"]) == {

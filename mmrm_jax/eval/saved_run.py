@@ -34,18 +34,20 @@ class SavedRun:
     data: str
     steps: int
 
-    def restore(self, console: Console) -> tuple[TrainState, int]:
-        """(state without optimiser moments, step) of the last complete checkpoint; says so where the run is unfinished.
+    def restore(self, console: Console, chosen: int | None = None) -> tuple[TrainState, int]:
+        """(state without optimiser moments, step) of the last whole checkpoint, or of step `chosen`.
 
-        Raises CheckpointError where there is no checkpoint.
+        Says so where the last is not the end of the run. Raises CheckpointError where there is no such checkpoint.
         """
         checkpoints = Checkpoints(self.path / "checkpoints")
-        step = checkpoints.latest(lambda message: console.print(message, style="yellow"))
+        if chosen is not None:
+            checkpoints.check(chosen)
+        step = checkpoints.latest(lambda message: console.print(message, style="yellow")) if chosen is None else chosen
         if step is None:
             raise CheckpointError(f"{self.path / 'checkpoints'} holds no complete checkpoint: finish the run first")
         state = checkpoints.restore(step, dataclasses.replace(self.program.abstract, opt_state=()), without="opt_state")
         checkpoints.close()
-        if step < self.steps:
+        if chosen is None and step < self.steps:
             console.print(
                 f"unfinished: {self.path} stopped at step {step} of {self.steps}; the same mmrm train goes on",
                 style="yellow",

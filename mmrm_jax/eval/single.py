@@ -187,8 +187,13 @@ def _scores(
     )
 
 
-def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console) -> dict[str, Any]:
-    """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none, as `read_run`."""
+def evaluate_run(
+    run: Path, spec: str, image_root: Path | None, console: Console, chosen: int | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's last checkpoint, or that of step `chosen`, on a data set.
+
+    Raises CheckpointError where `run` holds none, as `read_run`.
+    """
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
     source, quarantined = open_spec(spec, Path(), image_root)
@@ -202,7 +207,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     clear_quarantine(quarantine)
     if is_main():
         write_quarantine(quarantine, quarantined)  # the evaluation adds what it cannot read
-    state, step = saved.restore(console)
+    state, step = saved.restore(console, chosen)
     buckets = buckets_for([data], config.data.buckets)
     console.print(describe_data([data], buckets))
     e = evaluate(

@@ -84,6 +84,15 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} holds no checkpoint that is whole: delete it to begin again")
         return None
 
+    def check(self, step: int) -> None:
+        """Raises CheckpointError where there is no checkpoint of `step`, or it is damaged."""
+        if step not in self._metrics:
+            known = ", ".join(map(str, sorted(self._metrics))) or "none"
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {known}")
+        found = damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+        if any_process(found is not None):
+            raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged: {found or 'see another process'}")
+
     def save(
         self, step: int, state: PyTree, *, pending: Sequence[dict[str, Any]] = (), metric: float | None = None
     ) -> None:

@@ -22,7 +22,11 @@ from mmrm_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing."""
+    """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
+
+    `abstract` is the state as shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
+    gives what compiling ahead of time begins with.
+    """
 
     objective: Objective
     mesh: Mesh
@@ -30,6 +34,8 @@ class Program:
     shardings: TrainState
     train_step: Callable
     eval_step: Callable
+    abstract: TrainState
+    lower_train_step: Callable
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
@@ -49,10 +55,13 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Program:
-    """Set up the mesh, the optimiser and both steps. Nothing is compiled before its first call."""
+def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> Program:
+    """Set up the optimiser and both steps. Nothing is compiled before its first call.
+
+    `mesh` is that of the configuration over all devices unless another is given, of devices that are not at hand say.
+    """
     objective = find_objective(config.objective)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
     if config.drop_path_rate is not None:
         vision = dataclasses.replace(model.vision, drop_path_rate=config.drop_path_rate)
@@ -61,16 +70,22 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Progra
     views = objective.views(config.proxy_input)
     abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer, config.seed), params)
     shardings = state_shardings(abstract, mesh)
+    leaves, treedef = jax.tree.flatten(abstract)
+    placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
+    abstract = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     return Program(
         objective,
         mesh,
         optimizer,
         shardings,
-        _in_mesh(mesh, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))),
+        _in_mesh(mesh, jitted),
         _in_mesh(mesh, jax.jit(eval_step)),
+        abstract,
+        _in_mesh(mesh, jitted.lower),
     )
 
 

@@ -304,7 +304,6 @@ def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
 
 def plan(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See PlanArgs."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # to compile for a device is not to use one
     from mmrm_jax.plan.run import RECIPE, PlanArgs, run_plan
 
     default, rest = _config_file(argv, TrainConfig)

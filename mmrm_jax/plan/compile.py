@@ -47,6 +47,7 @@ def topology_devices(topology: Topology, mesh: MeshConfig) -> list[Any]:
     # Neither is there a TPU to ask for its metadata, nor does compiling keep others from using one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    assert topology.libtpu_name is not None, f"{topology.name} is not compiled for"
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name)
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     devices = mesh_utils.create_device_mesh(sizes, devices=described.devices, allow_split_physical_axes=True)

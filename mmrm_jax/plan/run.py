@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -55,6 +56,7 @@ def run_plan(args: PlanArgs, console: Console) -> dict[str, Any]:
 
     Raises ValueError for a model or topology that is not known, and for a configuration that cannot be run.
     """
+    jax.config.update("jax_platforms", "cpu")  # to compile for a device is not to use one
     topology = parse_topology(args.topology)
     job = Job(find_model(args.model), args.config, args.shape, topology)
     attempts = args.attempts if topology.libtpu_name else 0
@@ -85,7 +87,7 @@ def find_model(name: str) -> ModelConfig:
 
 def as_json(row: Candidate) -> dict[str, Any]:
     """All fields, with totals that follow from them."""
-    values = dataclasses.asdict(row) | {"collectives": by_kind(row.collectives)}
+    values: dict[str, Any] = dataclasses.asdict(row) | {"collectives": by_kind(row.collectives)}
     if row.memory and row.costs and row.times:
         values["memory"]["total"] = row.memory.total
         values["costs"]["intensity"] = row.costs.intensity

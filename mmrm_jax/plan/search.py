@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, topology_devices
@@ -122,8 +122,8 @@ def search(
     saved = saved_activations(whole, job.model, job.config, job.shape)
     rows = sorted((analyse(j, saved) for j in jobs), key=_order)
     fitting = [i for i, row in enumerate(rows) if row.problem is None]
-    laid_out = [i for i, row in enumerate(rows) if row.memory is not None]
-    smallest = sorted(laid_out, key=lambda i: rows[i].memory.total if rows[i].memory else 0.0)[:1]
+    needs = {row.memory.total: i for i, row in enumerate(rows) if row.memory is not None}
+    smallest = [needs[min(needs)]] if needs else []
     for i in (fitting or smallest)[:attempts]:
         progress(f"compiling {describe(rows[i])} ...")
         rows[i] = compile_candidate(job, rows[i])
@@ -157,9 +157,10 @@ def resolved_mesh(job: Job) -> MeshConfig:
     return dataclasses.replace(mesh, data=data)
 
 
-def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+def abstract_mesh(mesh: MeshConfig) -> Mesh:
     """A mesh of no particular devices: enough to know what each would hold."""
-    return AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    sizes = mesh.data, mesh.fsdp, mesh.tensor
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)  # type: ignore[return-value]
 
 
 def analyse(job: Job, saved: Saved) -> Candidate:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 BranchInput = Literal["multimodal", "blank", "absent", "image_only"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """InternViT. `mean` and `std` normalise RGB values in 0..1.
+    """InternViT. `mean` and `std` normalise RGB values in 0..1. `remat` is `TrainConfig`'s: no checkpoint says it.
 
     `position_image_size` is the image size that the position table was made for, where that is not `image_size`: the
     table keeps its size, and the tower resizes it. `drop_path_rate` is the last layer's rate of stochastic depth in
@@ -37,6 +38,7 @@ class VisionConfig:
     drop_path_rate: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,10 @@ DecoderFamily = Literal["internlm2", "qwen2", "qwen3", "llama", "phi3"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-family decoder. `family` names its tensors in checkpoints; the other fields say what it computes."""
+    """A Llama-family decoder. `family` names its tensors in checkpoints; the other fields say what it computes.
+
+    But for `remat`, which is `TrainConfig`'s.
+    """
 
     family: DecoderFamily = "qwen2"
     vocab_size: int = 151655
@@ -111,6 +116,7 @@ class DecoderConfig:
     qkv_bias: bool = True
     o_bias: bool = False
     qk_norm: bool = False
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +162,57 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Mesh axis sizes; `data` = -1 takes the devices that are left."""
+    """Mesh axis sizes; `data` = -1 takes the devices that are left.
+
+    Attributes:
+        data: Copies of the model; each sees its share of the batch.
+        fsdp: Parts that every parameter is kept in, which are gathered layer by layer; the batch is split over it too.
+        tensor: Parts that heads and MLPs are computed in.
+        dcn_data: Slices that the data axis spans, where only the data-centre network joins them; a divisor of `data`.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("fsdp", "tensor", "dcn_data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MeshConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.data < 1 and self.data != -1:
+            raise ValueError(f"MeshConfig.data is {self.data}; it must be at least 1, or -1 for all that are left")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x W + alpha / rank (x A) B, with W frozen.
+
+    A branch with adapters trains them and its score head and nothing else; A starts as N(0, 1 / inputs) and B as 0,
+    so that training starts from the base model exactly. What is frozen exists once, whatever the number of branches:
+    with adapters on all of them, primary and proxy share one trunk.
+
+    Attributes:
+        rank: Columns of A and rows of B; 0 trains without adapters.
+        alpha: Scale of what the adapters add, over the rank.
+        targets: What is adapted: every linear layer of a part of the model (vision, projector, decoder), or one kind of
+            them, such as decoder.q. A branch without an image has no adapters in parts it does not use.
+        branches: Branches with adapters; None is every branch of the objective.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("decoder",)
+    branches: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"LoraConfig.rank is {self.rank}; it must be at least 1, or 0 to train without adapters")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"LoraConfig.alpha is {self.alpha}; it must be above 0")
+        if self.rank and not (self.targets and self.branches != ()):
+            empty = "branches" if self.targets else "targets"
+            raise ValueError(f"LoraConfig.{empty} is empty; name at least one, or set rank 0 to train without adapters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +261,10 @@ class TrainConfig:
         eval_every: Steps between evaluations on the held-out part; None evaluates at the end only.
         checkpoint_every: Steps between checkpoints; None saves at the end only.
         strict: Stop at the first row that cannot be used, instead of reporting it in the quarantine.
+        remat: What of each layer the backward pass computes again to save memory: nothing (none), all but matrix
+            products with weights (dots), or everything (full). The result is the same.
+        lora: Train adapters in place of whole branches.
+        frozen_dtype: In which frozen parameters are kept, but for the score head; bfloat16 halves their memory.
     """
 
     objective: str = "shortcut_aware"
@@ -229,6 +285,9 @@ class TrainConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = 500
     strict: bool = False
+    remat: Remat = "none"
+    lora: LoraConfig = LoraConfig()
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         names = ("batch_size", "micro_batches", "eval_batch_size", "steps", "log_every", "eval_every")

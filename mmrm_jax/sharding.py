@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmrm_jax.config import MeshConfig
+from mmrm_jax.config import MeshConfig, ModelConfig
 from mmrm_jax.types import Batch, PyTree
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
@@ -19,22 +21,26 @@ MeshAxes: TypeAlias = str | tuple[str, ...] | None
 # Logical axis -> mesh axes. An axis that is not named here is an error, so that none is replicated by accident.
 RULES: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
-    "vocab": "tensor",
+    # A reward model has no logits, so nothing wants the vocabulary split, which is seldom even: columns are, instead.
+    "vocab": None,
+    "columns": ("tensor", "fsdp"),
+    "looked_up": "tensor",  # the columns again, once FSDP's part of the table has been gathered
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "layers": None,
-    "vision": None,
+    "vision": "fsdp",
     "vision_heads": "tensor",
     "norm": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (default: all).
+    """A (data, fsdp, tensor) mesh over `devices` (default: all), laid out along the links between them.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    With `dcn_data` above 1 each part of the data axis is one slice (on platforms without slices, one process).
+    Raises ValueError where the sizes do not multiply to the number of devices, or the slices are not as many.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -45,7 +51,49 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} needs a product of {len(devices)} "
             f"(the number of devices), or data=-1 with fsdp*tensor dividing it"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    grid = _hybrid(sizes, config.dcn_data, devices) if config.dcn_data > 1 else _within_slice(sizes, devices)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _within_slice(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def _hybrid(sizes: list[int], dcn_data: int, devices: list[Any]) -> np.ndarray:
+    """Slices one after the other along the data axis: only it crosses the data-centre network."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    processes = len({d.process_index for d in devices})
+    if sizes[0] % dcn_data or dcn_data not in (slices, processes):
+        raise ValueError(
+            f"mesh dcn_data={dcn_data} must divide data={sizes[0]}, and be the number of slices ({slices} here) or of "
+            f"processes ({processes} here); dcn_data=1 is for devices that fast links join"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // dcn_data, *sizes[1:]),
+        (dcn_data, 1, 1),
+        devices,
+        process_is_granule=dcn_data != slices,
+        allow_split_physical_axes=True,
+    )
+
+
+def check_heads(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError where the tensor axis would cut through attention heads, whose parts would have to be joined
+    again in every layer. A vision tower with an odd number of heads does not split them (`VisionLayer`).
+    """
+    ways, vision = mesh.shape["tensor"], model.vision.num_heads
+    heads = {
+        "decoder.num_heads": model.decoder.num_heads,
+        "decoder.num_kv_heads": model.decoder.num_kv_heads,
+        "vision.num_heads": 0 if vision % 2 else vision,
+    }
+    bad = [f"{name} {count}" for name, count in heads.items() if count % ways]
+    if bad:
+        largest = math.gcd(*heads.values())
+        raise ValueError(
+            f"mesh tensor={ways} does not divide {' and '.join(bad)}: the model's heads allow a tensor that divides "
+            f"{largest}; more devices go to fsdp or data"
+        )
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes] = RULES) -> P:
@@ -63,7 +111,7 @@ def partition_spec(axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes] =
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     """NamedShardings of a (possibly abstract) nnx.State of annotated parameters.
 
-    Raises ValueError naming the parameter whose dimension the mesh does not divide.
+    Raises ValueError naming the parameter whose dimension the mesh does not divide, and sizes that would.
     """
 
     def one(path: tuple, variable: nnx.Variable) -> NamedSharding:
@@ -74,9 +122,14 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
             raise ValueError(f"parameter {name} of shape {value.shape} has logical axes {axes}")
         spec = partition_spec(axes)
         for size, entry in zip(value.shape, spec, strict=True):
-            ways = int(np.prod([mesh.shape[m] for m in (entry if isinstance(entry, tuple) else (entry,)) if m]))
+            names = [m for m in (entry if isinstance(entry, tuple) else (entry,)) if m]
+            ways = math.prod(mesh.shape[m] for m in names)
             if size % ways:
-                raise ValueError(f"parameter {name} {value.shape}: {size} is not divisible by {ways} ({entry})")
+                asked = " * ".join(f"{m}={mesh.shape[m]}" for m in names)
+                raise ValueError(
+                    f"parameter {name} {value.shape}: {size} does not divide into {ways} parts ({asked}); it does into "
+                    f"{math.gcd(size, ways)}: make {' or '.join(names)} of the mesh smaller, and data larger instead"
+                )
         return NamedSharding(mesh, spec)
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -114,7 +167,14 @@ def whole_batch(size: int, mesh: Mesh) -> int:
 
 
 def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
-    """Place a host batch on the mesh."""
+    """Place a host batch on the mesh. Raises ValueError where its groups cannot be split evenly."""
+    groups, ways = batch.group_index.shape[-1], whole_batch(1, mesh)
+    if groups % ways:
+        part = "micro-batch" if micro else "batch"
+        raise ValueError(
+            f"a {part} has {groups} groups, which mesh data={mesh.shape['data']} * fsdp={mesh.shape['fsdp']} does not "
+            f"divide: choose batch_size (and eval_batch_size) so that every {part} has a multiple of {ways}"
+        )
     return jax.device_put(batch, batch_shardings(batch, mesh, micro=micro))
 
 
@@ -123,3 +183,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def by_group(x: jax.Array, last: str | None = None) -> jax.Array:
+    """Pin an activation's first axis to the devices of its groups and its last as `last` says; all others are whole.
+
+    FSDP then gathers parameters and never activations, whatever their sizes. What all groups share (a blank tile)
+    lies whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    shared = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0
+    return constrain(x, None if shared else "batch", *(None,) * (x.ndim - 2), last)

@@ -128,9 +128,9 @@ def test_frozen_parameters_have_no_moments() -> None:
 @pytest.mark.usefixtures("quick_compile")
 def test_steps_move_what_is_trained_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
-    config = TrainConfig(freeze=("vision", "score"), mesh=MeshConfig(1, 2, 4), batch_size=2)
+    config = TrainConfig(freeze=("vision", "score"), mesh=MeshConfig(1, 4, 2), batch_size=4)
     program = build_program(MODEL, config, steps=10)
-    groups = [random_group(MODEL, rng, i, tiles=1, responses=2, comparisons=(Comparison(0, 1),)) for i in range(2)]
+    groups = [random_group(MODEL, rng, i, tiles=1, responses=2, comparisons=(Comparison(0, 1),)) for i in range(4)]
     batch = program.put(make_batch(groups, MODEL))
     start = random_params(MODEL, 2)
     before = flat(start)

@@ -132,7 +132,7 @@ def test_the_reference_step_moves_everything(reference) -> None:
 
 # What the rule table means for each kind of parameter; stacked layers have a leading axis that is never split.
 EXPECTED = {
-    "decoder/embedding": P("tensor", "fsdp"),
+    "decoder/embedding": P(None, ("tensor", "fsdp")),
     "decoder/layers/q/kernel": P(None, "fsdp", "tensor"),
     "decoder/layers/q/bias": P(None, "tensor"),
     "decoder/layers/k/kernel": P(None, "fsdp", "tensor"),
@@ -141,9 +141,15 @@ EXPECTED = {
     "decoder/layers/down/kernel": P(None, "tensor", "fsdp"),
     "decoder/layers/norm1/scale": P(None, None),
     "decoder/norm/scale": P(None),
-    "projector/fc1/kernel": P(None, "fsdp"),
-    "vision/layers/q/kernel": P(None, None, "tensor"),
-    "vision/layers/proj/kernel": P(None, "tensor", None),
+    "projector/fc1/kernel": P("fsdp", "tensor"),
+    "projector/fc2/kernel": P("tensor", "fsdp"),
+    "vision/patch/kernel": P(None, "fsdp"),
+    "vision/position_embedding": P(None, "fsdp"),
+    "vision/layers/q/kernel": P(None, "fsdp", "tensor"),
+    "vision/layers/proj/kernel": P(None, "tensor", "fsdp"),
+    "vision/layers/proj/bias": P(None, None),
+    "vision/layers/fc1/kernel": P(None, "fsdp", "tensor"),
+    "vision/layers/fc2/kernel": P(None, "tensor", "fsdp"),
     "score": P(None),
 }
 
@@ -155,7 +161,7 @@ def test_parameters_and_moments_lie_as_the_rules_say(monkeypatch: pytest.MonkeyP
     for name, spec in EXPECTED.items():
         x = everything[name]
         assert x.sharding.spec == spec, name
-        ways = [{None: 1, "fsdp": 2, "tensor": 2}[axis] for axis in spec]
+        ways = [{None: 1, "fsdp": 2, "tensor": 2, ("tensor", "fsdp"): 4}[axis] for axis in spec]
         assert x.addressable_shards[0].data.shape == tuple(n // w for n, w in zip(x.shape, ways)), name
     adam = state.opt_state[1][0]
     for moments in (adam.mu, adam.nu):
@@ -179,7 +185,7 @@ def test_batches_are_split_by_group_and_comparisons_are_whole() -> None:
 
 
 def test_rules_that_collide_raise() -> None:
-    assert partition_spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert partition_spec(("mlp", "embed")) == P("tensor", "fsdp")
     with pytest.raises(ValueError, match=r"'mlp', 'heads'.*one mesh axis"):
         partition_spec(("mlp", "heads"))
     with pytest.raises(ValueError, match="one mesh axis"):
@@ -190,10 +196,14 @@ def test_rules_that_collide_raise() -> None:
 
 
 def test_a_dimension_the_mesh_does_not_divide_raises_with_its_name() -> None:
-    config = dataclasses.replace(MODEL, decoder=dataclasses.replace(DECODER, vocab_size=33))
-    with pytest.raises(ValueError, match=r"decoder/embedding \(33, 16\): 33 is not divisible by 2 \(tensor\)"):
-        param_shardings(abstract_model(config)[1], make_mesh(MeshConfig(2, 2, 2)))
-    param_shardings(abstract_model(config)[1], make_mesh(MeshConfig(2, 4, 1)))
+    config = dataclasses.replace(MODEL, decoder=dataclasses.replace(DECODER, mlp_width=22, vocab_size=33))
+    wrong = (
+        r"decoder/layers/down/kernel \(2, 22, 16\): 22 does not divide into 4 parts \(tensor=4\); it does into 2: make "
+    )
+    with pytest.raises(ValueError, match=wrong + "tensor of the mesh smaller, and data larger instead"):
+        param_shardings(abstract_model(config)[1], make_mesh(MeshConfig(2, 1, 4)))
+    # No vocabulary has to divide: only the columns of its table are split.
+    param_shardings(abstract_model(config)[1], make_mesh(MeshConfig(2, 2, 2)))
 
 
 def test_a_parameter_without_axes_raises() -> None:

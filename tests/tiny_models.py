@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from mmrm_jax.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.data.batching import Buckets, EncodedGroup, collate
 from mmrm_jax.data.text import Conversation
+from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.types import Batch, Comparison
 
@@ -110,6 +111,17 @@ def make_batch(
     )
     num_groups = len(groups) if num_groups is None else num_groups
     return collate(groups, buckets, num_groups=num_groups, micro_batches=micro_batches, views=views)
+
+
+def compile_train_step(model: ModelConfig, config: TrainConfig, batch: Batch) -> jax.stages.Compiled:
+    """The train step of a run on its mesh, compiled from shapes and shardings alone."""
+    program = build_program(model, config, 10)
+    state = jax.eval_shape(lambda params: program.init(params, config), abstract_model(model)[1])
+    leaves, treedef = jax.tree.flatten(state)
+    placed = zip(leaves, jax.tree.leaves(program.shardings), strict=True)
+    state = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
+    with jax.set_mesh(program.mesh):
+        return program.train_step.__wrapped__.lower(state, program.put(batch)).compile()
 
 
 def one_micro(batch: Batch) -> Batch:

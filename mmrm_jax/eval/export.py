@@ -15,6 +15,7 @@ from mmrm_jax.models.hf.config import config_to_hf, config_to_native
 from mmrm_jax.models.hf.names import PROXY_PREFIX, CheckpointLayout, checkpoint_layout
 from mmrm_jax.models.hf.tensors import open_tensors
 from mmrm_jax.models.hf.weights import save_params, unused_tensors
+from mmrm_jax.models.lora import fold_adapters
 from mmrm_jax.train.setup import Checkpoint
 from mmrm_jax.train.state import merge_branch
 
@@ -35,9 +36,9 @@ def export_run(
 
     `layout` "same" is that of the checkpoint the run started from, "chat" InternVL's own, "native" that of
     transformers' InternVLForConditionalGeneration. With `proxy` the text-only proxy is written too, as the paper's code
-    does. The LM head, which is not trained, is carried over. Raises ValueError where `out` holds a checkpoint already,
-    or where there is no proxy, and CheckpointError where `run` holds no checkpoint
-    of a run, or the folder it started from has changed.
+    does. The LM head, which is not trained, is carried over; adapters are added to the weights beside them.
+    Raises ValueError where `out` holds a checkpoint already, or where there is no proxy, and CheckpointError where
+    `run` holds no checkpoint of a run, or the folder it started from has changed.
     """
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a checkpoint already; name another directory, or delete this one")
@@ -58,8 +59,8 @@ def export_run(
     save_params(
         out,
         checkpoint.config,
-        merge_branch(state.params[objective.scores], state.frozen),
-        proxy=merge_branch(state.params["proxy"], state.frozen) if proxy else None,
+        fold_adapters(merge_branch(state.params[objective.scores], state.frozen)),
+        proxy=fold_adapters(merge_branch(state.params["proxy"], state.frozen)) if proxy else None,
         unused=head | ({PROXY_PREFIX + name: tensor for name, tensor in head.items()} if proxy else {}),
         layout=after,
         dtype=dtype,

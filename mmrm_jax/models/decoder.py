@@ -11,7 +11,7 @@ from mmrm_jax.config import DecoderConfig
 from mmrm_jax.models.attention import causal_attention, response_attention
 from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
 from mmrm_jax.models.rope import rope_frequencies, rope_tables, rotate
-from mmrm_jax.sharding import constrain
+from mmrm_jax.sharding import by_group, constrain
 
 
 class DecoderLayer(nnx.Module):
@@ -50,14 +50,15 @@ class Decoder(nnx.Module):
     """Token embeddings, layers and final norm. The LM head is not part of a reward model."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embedding = param(rngs, (config.vocab_size, config.width), ("vocab", "embed"))
+        self.embedding = param(rngs, (config.vocab_size, config.width), ("vocab", "columns"))
         self.layers = stack_layers(lambda r: DecoderLayer(config, r), config.num_layers, rngs)
         self.norm = Norm(config.width, eps=config.norm_eps, rms=True, rngs=rngs)
         self.config = config
 
     def embed(self, tokens: Int[Array, "*B S"], dtype: jnp.dtype) -> Float[Array, "*B S D"]:
-        # A gather from a table split on both axes would reshard it whole: gather its columns first.
-        return constrain(self.embedding[...], "vocab", None).astype(dtype)[tokens]
+        """FSDP's part of the table is gathered; the columns that "tensor" splits are joined after the look-up."""
+        found = constrain(self.embedding[...].astype(dtype), "vocab", "looked_up")[tokens]
+        return by_group(found)
 
     def __call__(
         self,
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
             q, k, v = layer.qkv(prefix, prefix_rope)
             response_q, response_k, response_v = layer.qkv(responses, response_rope)
             attended = response_attention(response_q, response_k, response_v, k, v, prefix_lengths)
-            return layer.finish(prefix, causal_attention(q, k, v)), layer.finish(responses, attended)
+            prefix = layer.finish(prefix, causal_attention(q, k, v))
+            return by_group(prefix), by_group(layer.finish(responses, attended))
 
-        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses))
+        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses), remat=c.remat)
         return self.norm(prefix), self.norm(responses)

@@ -11,7 +11,7 @@ from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.decoder import Decoder
 from mmrm_jax.models.layers import Linear, Norm
 from mmrm_jax.models.vision import VisionTower
-from mmrm_jax.sharding import constrain
+from mmrm_jax.sharding import by_group
 from mmrm_jax.types import Prefix
 
 
@@ -33,11 +33,12 @@ class Projector(nnx.Module):
         inner = int(config.vision.width / config.downsample_ratio**2)
         width = config.decoder.width
         self.norm = Norm(inner, eps=1e-5, rms=False, rngs=rngs)
-        self.fc1 = Linear((inner, width), ("vision", "embed"), bias=True, rngs=rngs)
-        self.fc2 = Linear((width, width), ("embed", None), bias=True, rngs=rngs)
+        self.fc1 = Linear((inner, width), ("vision", "mlp"), bias=True, rngs=rngs)
+        self.fc2 = Linear((width, width), ("mlp", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(self.norm(x)), approximate=False))
+        hidden = by_group(self.fc1(by_group(self.norm(x))), "mlp")
+        return by_group(self.fc2(jax.nn.gelu(hidden, approximate=False)))
 
 
 class InternVL(nnx.Module):
@@ -70,12 +71,12 @@ class InternVL(nnx.Module):
         """Token embeddings with visual features in their places."""
         x = self.decoder.embed(prefix.tokens, dtype)
         if prefix.pixels is None:
-            return constrain(x, "batch", None, None)
+            return x
         features = self.visual_features(prefix.pixels, dtype, keys)
         index = prefix.visual_index
         features = jnp.broadcast_to(features, (index.shape[0], *features.shape[1:]))
         placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-        return constrain(jnp.where(index[..., None] >= 0, placed, x), "batch", None, None)
+        return by_group(jnp.where(index[..., None] >= 0, placed, x))
 
     def __call__(
         self,
@@ -89,5 +90,5 @@ class InternVL(nnx.Module):
 
         `keys`, one for each group that has pixels of its own, turn on drop path in the vision tower.
         """
-        embedded = constrain(self.decoder.embed(responses, dtype), "batch", None, None, None)
+        embedded = self.decoder.embed(responses, dtype)
         return self.decoder(self.embed_prefix(prefix, dtype, keys), prefix.lengths, embedded, response_lengths)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from mmrm_jax.config import Remat
+
+# What a backward pass finds saved of a layer; the rest it computes again. "full" saves nothing but the layer's input.
+POLICIES: Mapping[Remat, Callable] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def param(
@@ -19,14 +27,24 @@ def param(
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b) over the last axis, computed in the input's dtype."""
+    """y = x W (+ b) over the last axis, computed in the input's dtype.
+
+    A bias over the model's width is not split: it is too small to be worth gathering. Where `models.lora` has put
+    adapters, y = x W + scale (x A) B (+ b).
+    """
 
     def __init__(self, sizes: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs):
         self.kernel = param(rngs, sizes, axes, nnx.initializers.lecun_normal())
-        self.bias = param(rngs, sizes[1:], axes[1:], nnx.initializers.zeros) if bias else None
+        bias_axis = "norm" if axes[1] in ("embed", "vision") else axes[1]
+        self.bias = param(rngs, sizes[1:], (bias_axis,), nnx.initializers.zeros) if bias else None
+        self.lora_a: nnx.Param | None = None
+        self.lora_b: nnx.Param | None = None
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            scaled = (x @ self.lora_a[...].astype(x.dtype)) * self.lora_b.get_metadata()["scale"]
+            y = y + scaled @ self.lora_b[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -43,8 +61,8 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        y = y * self.scale[...].astype(jnp.float32)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -59,12 +77,21 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
 
 
 def apply_layers(
-    layers: nnx.Module, num_layers: int, step: Callable, carry, *extra: Array | None, unroll_up_to: int = 4
+    layers: nnx.Module,
+    num_layers: int,
+    step: Callable,
+    carry,
+    *extra: Array | None,
+    remat: Remat = "none",
+    unroll_up_to: int = 4,
 ):
     """Run `step(layer, carry, *extra of that layer) -> carry` over the first `num_layers` stacked layers.
 
-    Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody.
+    Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody. `remat` says what a backward
+    pass finds saved: everything it needs ("none"), results of matrix products with weights ("dots"), or each layer's
+    input ("full").
     """
+    unrolled = num_layers <= unroll_up_to
     graphdef, params = nnx.split(layers)
     stacked = jax.tree.map(lambda x: x[:num_layers], (params, extra))
 
@@ -72,4 +99,6 @@ def apply_layers(
         layer_params, extra = of_layer
         return step(nnx.merge(graphdef, layer_params), carry, *extra), None
 
-    return jax.lax.scan(body, carry, stacked, unroll=num_layers <= unroll_up_to or 1)[0]
+    if remat != "none":  # inside a loop the compiler cannot undo it by sharing what is computed twice
+        body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=unrolled)
+    return jax.lax.scan(body, carry, stacked, unroll=unrolled or 1)[0]

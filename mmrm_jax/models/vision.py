@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mmrm_jax.config import VisionConfig
 from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
+from mmrm_jax.sharding import by_group
 
 
 def normalise_pixels(pixels: UInt8[Array, "*B h w 3"], config: VisionConfig) -> Float[Array, "*B h w 3"]:
@@ -24,13 +25,15 @@ class VisionLayer(nnx.Module):
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         c, rms = config, config.norm == "rms_norm"
+        # No tensor axis divides an odd number of heads, such as the 25 of InternViT-6B: they are not split.
+        heads = None if c.num_heads % 2 else "vision_heads"
         self.norm1 = Norm(c.width, eps=c.norm_eps, rms=rms, rngs=rngs)
-        self.q = Linear((c.width, c.width), ("vision", "vision_heads"), bias=c.qkv_bias, rngs=rngs)
-        self.k = Linear((c.width, c.width), ("vision", "vision_heads"), bias=c.qkv_bias, rngs=rngs)
-        self.v = Linear((c.width, c.width), ("vision", "vision_heads"), bias=c.qkv_bias, rngs=rngs)
+        self.q = Linear((c.width, c.width), ("vision", heads), bias=c.qkv_bias, rngs=rngs)
+        self.k = Linear((c.width, c.width), ("vision", heads), bias=c.qkv_bias, rngs=rngs)
+        self.v = Linear((c.width, c.width), ("vision", heads), bias=c.qkv_bias, rngs=rngs)
         self.q_norm = Norm(c.width, eps=c.norm_eps, rms=True, rngs=rngs) if c.qk_norm else None
         self.k_norm = Norm(c.width, eps=c.norm_eps, rms=True, rngs=rngs) if c.qk_norm else None
-        self.proj = Linear((c.width, c.width), ("vision_heads", "vision"), bias=True, rngs=rngs)
+        self.proj = Linear((c.width, c.width), (heads, "vision"), bias=True, rngs=rngs)
         self.scale1 = param(rngs, (c.width,), ("norm",), nnx.initializers.constant(0.1))
         self.norm2 = Norm(c.width, eps=c.norm_eps, rms=rms, rngs=rngs)
         self.fc1 = Linear((c.width, c.mlp_width), ("vision", "mlp"), bias=True, rngs=rngs)
@@ -96,7 +99,7 @@ class VisionTower(nnx.Module):
 
     def positions(self) -> Float[Array, "S D"]:
         """The position table for tiles of `image_size`: resized in every forward, so that checkpoints keep theirs."""
-        c, table = self.config, self.position_embedding[...]
+        c, table = self.config, self.position_embedding[...].astype(jnp.float32)
         if c.position_image_size is None:
             return table
         old, new = c.position_image_size // c.patch_size, c.image_size // c.patch_size
@@ -117,9 +120,13 @@ class VisionTower(nnx.Module):
         x = normalise_pixels(pixels, c)
         i, side = x.shape[0], c.image_size // c.patch_size
         x = x.reshape(i, side, c.patch_size, side, c.patch_size, 3).transpose(0, 1, 3, 5, 2, 4)
-        x = self.patch(x.reshape(i, side * side, -1).astype(dtype))
+        x = by_group(self.patch(x.reshape(i, side * side, -1).astype(dtype)))
         first = jnp.broadcast_to(self.class_embedding[...].astype(dtype)[None, None], (i, 1, c.width))
         x = jnp.concatenate([first, x], axis=1) + self.positions().astype(dtype)[None]
         depth = select_layer if select_layer >= 0 else c.num_layers + 1 + select_layer
         keep = None if keys is None or not c.drop_path_rate else drop_path(c.drop_path_rate, c.num_layers, keys)
-        return apply_layers(self.layers, depth, lambda layer, x, keep: layer(x, keep), x, keep)
+
+        def step(layer: VisionLayer, x: Array, keep: Array | None) -> Array:
+            return by_group(layer(x, keep))
+
+        return apply_layers(self.layers, depth, step, by_group(x), keep, remat=c.remat)

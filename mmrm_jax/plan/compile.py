@@ -9,7 +9,6 @@ import re
 import time
 from typing import Any
 
-from mmrm_jax.config import MeshConfig
 from mmrm_jax.plan.hardware import Topology
 from mmrm_jax.plan.hlo import Collective, collectives
 from mmrm_jax.train.program import Program
@@ -40,18 +39,15 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def topology_devices(topology: Topology, mesh: MeshConfig) -> list[Any]:
-    """Devices of a TPU topology, in the order that suits a mesh of these sizes. Needs libtpu."""
-    from jax.experimental import mesh_utils, topologies
+def topology_devices(topology: Topology) -> list[Any]:
+    """The devices of a TPU topology that need not be at hand. Needs libtpu."""
+    from jax.experimental import topologies
 
     # Neither is there a TPU to ask for its metadata, nor does compiling keep others from using one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     assert topology.libtpu_name is not None, f"{topology.name} is not compiled for"
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name)
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    devices = mesh_utils.create_device_mesh(sizes, devices=described.devices, allow_split_physical_axes=True)
-    return list(devices.flat)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices)
 
 
 def compile_step(program: Program, batch: Any) -> Compiled:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from mmrm_jax.config import BranchInput, ModelConfig, TrainConfig
+from flax import nnx
+
+from mmrm_jax.config import BranchInput, ModelConfig, Remat, TrainConfig
 from mmrm_jax.plan.shapes import DataShape
-from mmrm_jax.train.state import branch_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,27 @@ class Part:
 
     Attributes:
         products: Its matrix products.
+        trained: Whether its weights get a gradient. Adapters' products are too small to count.
         passes_input: Whether a gradient has to reach its input.
-        trained: Whether its weights get a gradient.
-        recomputed: Whether the backward pass runs the forward pass again (rematerialisation).
+        remat: What of it the backward pass computes again.
     """
 
     products: tuple[Product, ...]
-    passes_input: bool
     trained: bool
-    recomputed: bool
+    passes_input: bool
+    remat: Remat = "none"
+
+    def passes(self, product: Product) -> int:
+        """How often the mathematics computes a product: forward, and for the gradient of either side.
+
+        Without weights, both sides are inputs.
+        """
+        return 1 + (self.trained + self.passes_input if product.weight else 2 * self.passes_input)
+
+    def recomputed(self, product: Product) -> bool:
+        """Whether the backward pass, where there is one, computes a product's forward again."""
+        again = self.remat == "full" or (self.remat == "dots" and not product.weight)
+        return again and (self.trained or self.passes_input)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +132,24 @@ def decoder_products(model: ModelConfig, shape: DataShape, view: BranchInput) ->
     )
 
 
-def branch_parts(model: ModelConfig, config: TrainConfig, shape: DataShape, view: BranchInput) -> Iterator[Part]:
-    """What a branch computes, from its input on, and what of it the backward pass goes through."""
-    frozen, tiles = branch_frozen(config.freeze, view), shape.tiles_of(view)
-    below = False  # whether anything before a part is trained, so that a gradient has to pass through it
+def branch_parts(
+    model: ModelConfig, remat: Remat, shape: DataShape, view: BranchInput, trainable: nnx.State
+) -> Iterator[Part]:
+    """What a branch computes, from its input on, and what of it the backward pass goes through.
+
+    `trainable` is the (abstract) state of what the branch trains.
+    """
+    kernels = {path[0] for path, _ in nnx.to_flat_state(trainable) if path[-1] == "kernel"}
+    tiles, below = shape.tiles_of(view), False  # whether a gradient has to pass through a part, to what lies before it
     if tiles:
         patches, *layers = vision_products(model, tiles)
-        trained = "vision" not in frozen
-        yield Part((patches,), passes_input=False, trained=trained, recomputed=False)
-        yield Part(tuple(layers), passes_input=trained, trained=trained, recomputed=False)
-        below = trained
-        trained = "projector" not in frozen
-        below = below or trained  # its layer norm comes before its products
-        yield Part(projector_products(model, tiles), passes_input=below, trained=trained, recomputed=False)
-    trained = "decoder" not in frozen
-    below = below or trained  # embeddings and norms come before its products
-    yield Part(decoder_products(model, shape, view), passes_input=below, trained=trained, recomputed=False)
+        trained, below = "vision" in kernels, "vision" in trainable
+        yield Part((patches,), trained, passes_input=False)
+        yield Part(tuple(layers), trained, passes_input=below, remat=remat)
+        below = below or "projector" in trainable  # its layer norm comes before its products
+        yield Part(projector_products(model, tiles), "projector" in kernels, passes_input=below)
+    below = below or "decoder" in trainable  # as do embeddings and norms here
+    yield Part(decoder_products(model, shape, view), "decoder" in kernels, passes_input=below, remat=remat)
 
 
 def train_costs(
@@ -142,6 +157,7 @@ def train_costs(
     config: TrainConfig,
     shape: DataShape,
     views: dict[str, BranchInput],
+    params: dict[str, nnx.State],
     *,
     batch_ways: int,
     tensor_ways: int,
@@ -149,21 +165,21 @@ def train_costs(
 ) -> Costs:
     """Costs of a step whose groups are split `batch_ways` and whose matrices `tensor_ways` over the mesh.
 
-    `state_bytes` is what one device holds of trained parameters and moments: read and written once by the update.
+    `params` is what each branch trains (`TrainState.params`, abstract). `state_bytes` is what one device holds of it and
+    of its moments: read and written once by the update.
     """
     itemsize = 2 if config.compute_dtype == "bfloat16" else 4
     model_flops, device_flops, device_bytes = 0.0, 0.0, 2.0 * state_bytes
-    for view in views.values():
-        for i, part in enumerate(branch_parts(model, config, shape, view)):
+    for branch, view in views.items():
+        for i, part in enumerate(branch_parts(model, config.remat, shape, view, params[branch])):
             # Tower and projector see a blank tile once for all groups of a micro-batch, on every device.
             shared = view == "blank" and i < 3
             groups = config.micro_batches if shared else config.batch_size
             for product in part.products:
-                # Another one for the weights' gradient, and one for the input's; without weights, for either side.
-                needed = 1 + (part.trained + part.passes_input if product.weight else 2 * part.passes_input)
-                done = needed + part.recomputed
+                needed = part.passes(product)
+                done = needed + part.recomputed(product)
                 ways = (1 if shared else batch_ways) * (tensor_ways if product.tensor else 1)
-                model_flops += needed * product.flops * groups
+                model_flops += needed * product.flops * (1 if shared else groups)
                 device_flops += done * product.flops * groups / ways
                 device_bytes += done * _traffic(product, groups / ways, config.micro_batches, tensor_ways, itemsize)
     return Costs(model_flops, device_flops, device_bytes)

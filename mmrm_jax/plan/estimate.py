@@ -12,7 +12,7 @@ from flax import nnx
 from mmrm_jax.config import ModelConfig, TrainConfig
 from mmrm_jax.plan.hlo import Collective
 from mmrm_jax.plan.shapes import DataShape, abstract_batch
-from mmrm_jax.train.program import Program
+from mmrm_jax.train.program import Program, as_trained
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Batch, PyTree
@@ -53,7 +53,7 @@ class Saved:
 
 def saved_activations(program: Program, model: ModelConfig, config: TrainConfig, shape: DataShape) -> Saved:
     """Traced for one group and for two: the difference is what grows with the batch. Nothing is allocated."""
-    graphdef, _ = abstract_model(model)
+    graphdef, _ = abstract_model(as_trained(model, config))
     views, dtype = program.objective.views(config.proxy_input), jnp.dtype(config.compute_dtype)
 
     def pullback(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> PyTree:

@@ -188,7 +188,8 @@ def analyse(job: Job, saved: Saved) -> Candidate:
 def compile_candidate(job: Job, row: Candidate) -> Candidate:
     """The same candidate as the TPU compiler sees it."""
     job = with_layout(job, row.mesh, row.micro_batches)
-    program = build_program(job.model, job.config, STEPS, make_mesh(row.mesh, topology_devices(job.topology, row.mesh)))
+    mesh = make_mesh(row.mesh, topology_devices(job.topology))
+    program = build_program(job.model, job.config, STEPS, mesh)
     batch = placed_batch(job, program)
     try:
         compiled = compile_step(program, batch)
@@ -223,6 +224,7 @@ def _timed(job: Job, program: Program, row: Candidate, memory: Memory, collectiv
         job.config,
         job.shape,
         program.objective.views(job.config.proxy_input),
+        program.abstract.params,
         batch_ways=mesh.data * mesh.fsdp,
         tensor_ways=mesh.tensor,
         state_bytes=memory.parameters + memory.optimizer,

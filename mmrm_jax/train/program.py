@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from mmrm_jax.config import ModelConfig, TrainConfig
 from mmrm_jax.objectives import OBJECTIVES, Objective
-from mmrm_jax.sharding import make_mesh, put_batch
+from mmrm_jax.sharding import check_heads, make_mesh, put_batch
 from mmrm_jax.train.optimizer import make_optimizer
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
 from mmrm_jax.train.step import make_eval_step, make_train_step
@@ -39,8 +40,7 @@ class Program:
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
-        views = self.objective.views(config.proxy_input)
-        return jax.device_put(create_state(params, views, config.freeze, self.optimizer, config.seed), self.shardings)
+        return jax.device_put(_new_state(params, self.objective, self.optimizer, config), self.shardings)
 
     def put(self, batch: Batch, *, micro: bool = True) -> Batch:
         """Place a host batch on the mesh, leaving out the prefixes of branches this objective does not use."""
@@ -62,13 +62,10 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     """
     objective = find_objective(config.objective)
     mesh = make_mesh(config.mesh) if mesh is None else mesh
+    check_heads(model, mesh)
     optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
-    if config.drop_path_rate is not None:
-        vision = dataclasses.replace(model.vision, drop_path_rate=config.drop_path_rate)
-        model = dataclasses.replace(model, vision=vision)
-    graphdef, params = abstract_model(model)
-    views = objective.views(config.proxy_input)
-    abstract = jax.eval_shape(lambda p: create_state(p, views, config.freeze, optimizer, config.seed), params)
+    graphdef, params = abstract_model(as_trained(model, config))
+    abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config), params)
     shardings = state_shardings(abstract, mesh)
     leaves, treedef = jax.tree.flatten(abstract)
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -89,9 +86,27 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     )
 
 
+def _new_state(
+    params: nnx.State, objective: Objective, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> TrainState:
+    views = objective.views(config.proxy_input)
+    return create_state(params, views, config.freeze, optimizer, config.seed, config.lora, config.frozen_dtype)
+
+
+def as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    """The model with what a run, and not its checkpoint, says of it."""
+    rate = model.vision.drop_path_rate if config.drop_path_rate is None else config.drop_path_rate
+    return dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, drop_path_rate=rate, remat=config.remat),
+        decoder=dataclasses.replace(model.decoder, remat=config.remat),
+    )
+
+
 def _in_mesh(mesh: Mesh, step: Callable) -> Callable:
     """Trace and call a step with its mesh set, so that the model can pin activations to it."""
 
+    @functools.wraps(step)
     def call(*args):
         with jax.set_mesh(mesh):
             return step(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmrm_jax.config import BranchInput, ModelConfig
+from mmrm_jax.config import BranchInput, LoraConfig, ModelConfig
+from mmrm_jax.models.lora import check_targets, init_adapters
 from mmrm_jax.models.reward import RewardModel
 from mmrm_jax.sharding import param_shardings, replicated
 from mmrm_jax.types import PyTree
@@ -22,6 +24,8 @@ IMAGE_PARTS = ("vision", "projector")
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """`params[branch]` is what that branch trains; `frozen` holds, once, what some branch uses and does not train.
+
+    A branch with adapters trains them and its score head: where all have them, the whole trunk is in `frozen`.
 
     `seed`, with `step`, is all that a step's random draws depend on.
     """
@@ -71,26 +75,48 @@ def branch_frozen(freeze: tuple[str, ...], view: BranchInput) -> frozenset[str]:
     return frozenset(freeze) | (frozenset(IMAGE_PARTS) if view == "absent" else frozenset())
 
 
+def adapted_branches(lora: LoraConfig, branches: Iterable[str]) -> list[str]:
+    """The branches with adapters, in a fixed order; raises ValueError for one in `lora` that there is not."""
+    known = sorted(branches)
+    if unknown := sorted(set(lora.branches or ()) - set(known)):
+        raise ValueError(f"lora.branches names {', '.join(unknown)}; the objective has {', '.join(known)}")
+    return [b for b in known if lora.branches is None or b in lora.branches] if lora.rank else []
+
+
 def split_params(
-    params: nnx.State, views: dict[str, BranchInput], freeze: tuple[str, ...]
+    params: nnx.State,
+    views: dict[str, BranchInput],
+    freeze: tuple[str, ...],
+    lora: LoraConfig = LoraConfig(),
+    seed: int = 0,
+    frozen_dtype: str = "float32",
 ) -> tuple[dict[str, nnx.State], nnx.State]:
     """(trainable per branch, frozen): every branch starts from the same parameters.
 
-    All are copies: a train step gives up the buffers of its state, and `params` may start another run.
-    Raises ValueError for a name in `freeze` that the model does not have.
+    A branch with adapters trains these, drawn from `seed`, and its score head. What is frozen is kept in
+    `frozen_dtype`, but for the score head. All are copies: a train step gives up the buffers of its state, and `params`
+    may start another run. Raises ValueError for a name in `freeze` or `lora` that the model does not have.
     """
     unknown = set(freeze) - set(params)
     if unknown:
         raise ValueError(f"freeze names {sorted(unknown)}, but the model's parts are {sorted(params)}")
-    frozen_names = {branch: branch_frozen(freeze, view) for branch, view in views.items()}
+    check_targets(params, lora)
+    adapted = adapted_branches(lora, views)
+    trunk = tuple(set(params) - {"score"})
+    frozen_names = {b: branch_frozen((*freeze, *trunk) if b in adapted else freeze, v) for b, v in views.items()}
     trainable = {b: jax.tree.map(jnp.array, _part(params, names, inside=False)) for b, names in frozen_names.items()}
+    for i, branch in enumerate(adapted):
+        used = _part(params, branch_frozen((), views[branch]), inside=False)
+        adapters = init_adapters(used, lora, jax.random.fold_in(jax.random.key(seed), i))
+        trainable[branch] = nnx.merge_state(trainable[branch], adapters)
     frozen = _part(params, frozenset().union(*frozen_names.values()), inside=True)
-    return trainable, jax.tree.map(jnp.array, frozen)
+    dtypes = {part: None if part == "score" else frozen_dtype for part in frozen}
+    return trainable, nnx.State({k: jax.tree.map(lambda x, d=dtypes[k]: jnp.array(x, d), v) for k, v in frozen.items()})
 
 
 def merge_branch(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
     """All parameters of one branch: its own, and the frozen ones it does not train."""
-    return nnx.State({**dict(frozen), **dict(trainable)})
+    return nnx.merge_state(frozen, trainable)
 
 
 def create_state(
@@ -99,9 +125,11 @@ def create_state(
     freeze: tuple[str, ...],
     optimizer: optax.GradientTransformation,
     seed: int,
+    lora: LoraConfig = LoraConfig(),
+    frozen_dtype: str = "float32",
 ) -> TrainState:
     """The state at step 0."""
-    trainable, frozen = split_params(params, views, freeze)
+    trainable, frozen = split_params(params, views, freeze, lora, seed, frozen_dtype)
     return TrainState(
         trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.int32)
     )

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from mmrm_jax.config import BranchInput
+from mmrm_jax.models.lora import merge_model
 from mmrm_jax.objectives import Objective, Terms, margins
 from mmrm_jax.train.state import TrainState, merge_branch
 from mmrm_jax.types import Batch, PyTree
@@ -32,7 +33,7 @@ def branch_rewards(
 ) -> dict[str, Float[Array, "G N"]]:
     """Rewards of every branch in `params`; one in `keys` has drop path in its vision tower, if that has a rate."""
     return {
-        branch: nnx.merge(graphdef, merge_branch(trainable, frozen)).rewards(
+        branch: merge_model(graphdef, merge_branch(trainable, frozen)).rewards(
             batch.prefixes[branch], batch.responses, batch.response_lengths, dtype, keys.get(branch)
         )
         for branch, trainable in params.items()

@@ -20,7 +20,8 @@ class Product:
     """`times` matrix products [rows, inner] @ [inner, columns] per group of a batch.
 
     `layers` holds those that are alike but have weights of their own. In attention (`weight` False) both sides are
-    activations. `tensor` says that the mesh's tensor axis splits it.
+    activations. `tensor` says that the mesh's tensor axis splits it. `last` marks what ends a layer: no backward pass
+    needs its result.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Product:
     layers: int = 1
     weight: bool = True
     tensor: bool = True
+    last: bool = False
 
     @property
     def flops(self) -> float:
@@ -62,7 +64,7 @@ class Part:
 
     def recomputed(self, product: Product) -> bool:
         """Whether the backward pass, where there is one, computes a product's forward again."""
-        again = self.remat == "full" or (self.remat == "dots" and not product.weight)
+        again = (self.remat == "full" and not product.last) or (self.remat == "dots" and not product.weight)
         return again and (self.trained or self.passes_input)
 
 
@@ -97,7 +99,7 @@ def vision_products(model: ModelConfig, tiles: int) -> tuple[Product, ...]:
         Product(tiles * patches, 3 * v.patch_size**2, v.width, tensor=False),
         Product(tiles * s, v.width, v.width, times=4, layers=depth),
         Product(tiles * s, v.width, v.mlp_width, layers=depth),
-        Product(tiles * s, v.mlp_width, v.width, layers=depth),
+        Product(tiles * s, v.mlp_width, v.width, layers=depth, last=True),
         Product(s, head, s, times=tiles * v.num_heads, layers=depth, weight=False),
         Product(s, s, head, times=tiles * v.num_heads, layers=depth, weight=False),
     )
@@ -124,7 +126,7 @@ def decoder_products(model: ModelConfig, shape: DataShape, view: BranchInput) ->
         Product(tokens, d.width, kv, times=2, layers=depth),
         Product(tokens, heads, d.width, layers=depth),
         Product(tokens, d.width, d.mlp_width, times=2, layers=depth),
-        Product(tokens, d.mlp_width, d.width, layers=depth),
+        Product(tokens, d.mlp_width, d.width, layers=depth, last=True),
         Product(prefix, d.head_width, prefix, times=d.num_heads, layers=depth, weight=False),
         Product(prefix, prefix, d.head_width, times=d.num_heads, layers=depth, weight=False),
         Product(shape.response, d.head_width, prefix + shape.response, of_responses, depth, weight=False),
@@ -165,8 +167,8 @@ def train_costs(
 ) -> Costs:
     """Costs of a step whose groups are split `batch_ways` and whose matrices `tensor_ways` over the mesh.
 
-    `params` is what each branch trains (`TrainState.params`, abstract). `state_bytes` is what one device holds of it and
-    of its moments: read and written once by the update.
+    `params` is what each branch trains (`TrainState.params`, abstract). `state_bytes` is what one device holds of it
+    and of its moments: read and written once by the update.
     """
     itemsize = 2 if config.compute_dtype == "bfloat16" else 4
     model_flops, device_flops, device_bytes = 0.0, 0.0, 2.0 * state_bytes

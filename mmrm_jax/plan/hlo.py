@@ -60,6 +60,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """
     entry, computations = parse(text)
     runs: dict[tuple[str, str], tuple[Instruction, float]] = {}
+    fused: set[str] = set()
     waiting = [(entry, 1.0)]
     while waiting:
         name, times = waiting.pop()
@@ -72,17 +73,18 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if any(_has_collectives(c, computations) for c in inside):
                 often = trip_count(instruction, computations) if instruction.operation == "while" else 1
                 waiting += [(c, times * often) for c in inside]
-    # A TPU splits an asynchronous collective over several fusions, each of which repeats its channel. Some of them may
+                fused.update(inside if instruction.operation == "fusion" else ())
+    # A TPU splits an asynchronous collective over several fusions, each of which repeats it with its channel. Some may
     # lie inside a loop that it overlaps with: it runs as often as the one that runs least.
-    channels: dict[str, Collective] = {}
-    for (name, _), (instruction, times) in runs.items():
-        match = re.search(r"channel_id=(\d+)", instruction.text)
-        channel = match[1] if match else f"{name}/{instruction.name}"
+    found: dict[tuple[str, ...], Collective] = {}
+    for (name, own), (instruction, times) in runs.items():
+        channel = re.search(r"channel_id=(\d+)", instruction.text)
+        key = (channel[1],) if channel and name in fused else (name, own)
         kind = instruction.operation.removesuffix("-start")
         one = Collective(kind, _payload(instruction, kind), _group(instruction.text, devices), times)
-        if channel not in channels or times < channels[channel].times:
-            channels[channel] = one
-    return list(channels.values())
+        if key not in found or times < found[key].times:
+            found[key] = one
+    return list(found.values())
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:

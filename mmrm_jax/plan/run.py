@@ -87,7 +87,7 @@ def find_model(name: str) -> ModelConfig:
 
 def as_json(row: Candidate) -> dict[str, Any]:
     """All fields, with totals that follow from them."""
-    values: dict[str, Any] = dataclasses.asdict(row) | {"collectives": by_kind(row.collectives)}
+    values: dict[str, Any] = dataclasses.asdict(row) | {"collectives_by_kind": by_kind(row.collectives)}
     if row.memory and row.costs and row.times:
         values["memory"]["total"] = row.memory.total
         values["costs"]["intensity"] = row.costs.intensity

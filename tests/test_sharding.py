@@ -12,8 +12,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny_models import DECODER, VISION, flat, make_batch, random_group, random_params, relative_errors
 
-from mmrm_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mmrm_jax.sharding import RULES, batch_shardings, make_mesh, param_shardings, partition_spec
+from mmrm_jax.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mmrm_jax.sharding import (
+    RULES,
+    batch_shardings,
+    check_heads,
+    make_mesh,
+    param_shardings,
+    partition_spec,
+    put_batch,
+)
 from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.state import TrainState, abstract_model
 from mmrm_jax.types import Comparison
@@ -58,7 +66,19 @@ def parameters(state: TrainState) -> dict[str, np.ndarray]:
     return {f"{b}/{k}": np.asarray(v) for b, params in state.params.items() for k, v in flat(params).items()}
 
 
-def run(monkeypatch, sizes, *, objective="shortcut_aware", micro_batches=1, num_groups=8, extra=0):
+def away_from_zero(state: TrainState) -> TrainState:
+    """Adapters whose B is not 0, so that A has a gradient too."""
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        values = 0.1 * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+        return jax.device_put(values, x.sharding) if "lora_b" in jax.tree_util.keystr(path) else x
+
+    return dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(one, state.params))
+
+
+def run(
+    monkeypatch, sizes, *, objective="shortcut_aware", micro_batches=1, num_groups=8, extra=0, remat="none", rank=0
+):
     """(metrics of two steps, gradients of the first, parameters after the second).
 
     The proxy sees nothing beside a primary, and a blank tile where it is alone."""
@@ -69,6 +89,8 @@ def run(monkeypatch, sizes, *, objective="shortcut_aware", micro_batches=1, num_
         batch_size=num_groups,
         micro_batches=micro_batches,
         optimizer=OPTIMIZER,
+        remat=remat,
+        lora=LoraConfig(rank, targets=("decoder", "vision", "projector")),
     )
     compiled = program(monkeypatch, sizes, config)
     batch = make_batch(
@@ -80,7 +102,8 @@ def run(monkeypatch, sizes, *, objective="shortcut_aware", micro_batches=1, num_
         extra=extra,
     )
     placed = compiled.put(batch)
-    state, first = compiled.train_step(compiled.init(random_params(MODEL, 1), config), placed)
+    state = away_from_zero(compiled.init(random_params(MODEL, 1), config))
+    state, first = compiled.train_step(state, placed)
     grads = gradients(state)
     state, second = compiled.train_step(state, placed)
     assert int(state.step) == 2
@@ -89,10 +112,10 @@ def run(monkeypatch, sizes, *, objective="shortcut_aware", micro_batches=1, num_
 
 @pytest.fixture(scope="module")
 def reference():
-    """One device, one micro-batch, the tightest padding; by objective."""
+    """One device, one micro-batch, the tightest padding, nothing computed twice; by objective and rank of adapters."""
     with pytest.MonkeyPatch.context() as patch:
         jax.config.update("jax_disable_most_optimizations", True)
-        yield functools.cache(lambda objective: run(patch, (1, 1, 1), objective=objective))
+        yield functools.cache(lambda objective, rank=0: run(patch, (1, 1, 1), objective=objective, rank=rank))
         jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -102,14 +125,17 @@ def reference():
     [
         ((1, 1, 1), {"micro_batches": 4, "extra": 1}),
         ((1, 1, 2), {"micro_batches": 2}),
-        ((8, 1, 1), {"num_groups": 16}),
+        ((8, 1, 1), {"num_groups": 16, "remat": "dots"}),
         ((2, 2, 2), {"objective": "text_only", "micro_batches": 2, "num_groups": 16}),
         ((1, 4, 2), {"micro_batches": 4, "num_groups": 16, "extra": 2}),
+        ((2, 2, 2), {"rank": 2, "remat": "full"}),
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else " ".join(f"{k}={v}" for k, v in x.items()),
 )
 def test_the_same_step_on_any_mesh(reference, monkeypatch: pytest.MonkeyPatch, sizes: tuple, options: dict) -> None:
-    want_metrics, want_grads, want_params = reference(options.get("objective", "shortcut_aware"))
+    want_metrics, want_grads, want_params = reference(
+        options.get("objective", "shortcut_aware"), options.get("rank", 0)
+    )
     metrics, grads, params = run(monkeypatch, sizes, **options)
     for got, want in zip(metrics, want_metrics):
         assert got.keys() == want.keys()
@@ -220,3 +246,54 @@ def test_a_mesh_of_the_wrong_size_raises() -> None:
     for wrong in (MeshConfig(3, 1, 1), MeshConfig(-1, 3, 1), MeshConfig(2, 2, 1), MeshConfig(-1, 16, 1)):
         with pytest.raises(ValueError, match="needs a product of 8"):
             make_mesh(wrong)
+    for field in ({"data": 0}, {"fsdp": 0}, {"tensor": -1}, {"dcn_data": 0}):
+        ((name, value),) = field.items()
+        with pytest.raises(ValueError, match=f"MeshConfig.{name} is {value}; it must be at least 1"):
+            MeshConfig(**field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh is laid out by. `Mesh` takes no such thing, so the grid alone is looked at."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize("by", ["slice", "process"])
+def test_only_the_data_axis_crosses_the_data_centre(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    monkeypatch.setattr("mmrm_jax.sharding.Mesh", lambda grid, names, **_: grid)
+    # Two granules of four, whose devices come interleaved.
+    devices = [Device(i, i % 2 * (by == "process"), i % 2 * (by == "slice")) for i in range(8)]
+    grid = make_mesh(MeshConfig(-1, 2, 1, dcn_data=2), devices)
+    assert grid.shape == (4, 2, 1)
+    assert [[d.id % 2 for d in row.ravel()] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    for wrong in (MeshConfig(1, 8, 1, dcn_data=2), MeshConfig(4, 2, 1, dcn_data=4), MeshConfig(8, 1, 1, dcn_data=8)):
+        with pytest.raises(ValueError, match=r"dcn_data=\d must divide data=\d.* slices .*dcn_data=1 is for"):
+            make_mesh(wrong, devices)
+
+
+def test_a_mesh_that_cuts_through_heads_raises() -> None:
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    with pytest.raises(
+        ValueError, match=r"tensor=4 does not divide decoder.num_kv_heads 2 and vision.num_heads 2: .*divides 2"
+    ):
+        check_heads(MODEL, mesh)
+    check_heads(MODEL, make_mesh(MeshConfig(2, 2, 2)))
+    # An odd number of vision heads is not split; the tower's MLPs are.
+    odd = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, width=12, num_heads=3))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    check_heads(odd, mesh)
+    specs = {"/".join(map(str, p)): s.spec for p, s in nnx.to_flat_state(param_shardings(abstract_model(odd)[1], mesh))}
+    assert specs["vision/layers/q/kernel"] == P(None, "fsdp", None)
+    assert specs["vision/layers/fc1/kernel"] == P(None, "fsdp", "tensor")
+
+
+def test_a_batch_the_mesh_does_not_divide_raises() -> None:
+    with pytest.raises(
+        ValueError, match=r"a micro-batch has 2 groups, which mesh data=4 \* fsdp=2 does not divide: .* of 8"
+    ):
+        put_batch(make_batch(groups(), MODEL, micro_batches=4), make_mesh(MeshConfig(4, 2, 1)), micro=True)

@@ -25,10 +25,9 @@ class DoesNotFit(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step, in bytes on one device. Outputs take over the arguments' memory."""
+    """What the compiler says of a step: bytes on one device, at its peak and for the program itself."""
 
-    arguments: float
-    temporaries: float
+    peak: float
     code: float
     collectives: list[Collective]
     seconds: float
@@ -45,6 +44,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 
     # Neither is there a TPU to ask for its metadata, nor does compiling keep others from using one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     assert topology.libtpu_name is not None, f"{topology.name} is not compiled for"
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices)
@@ -64,8 +64,7 @@ def compile_step(program: Program, batch: Any) -> Compiled:
         raise DoesNotFit(_memory_message(str(error))) from None
     memory = compiled.memory_analysis()
     return Compiled(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
         code=memory.generated_code_size_in_bytes,
         collectives=collectives(compiled.as_text(), program.mesh.size),
         seconds=time.monotonic() - start,

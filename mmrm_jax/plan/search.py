@@ -196,14 +196,8 @@ def compile_candidate(job: Job, row: Candidate) -> Candidate:
     except DoesNotFit as error:
         return dataclasses.replace(row, compiled=True, problem=str(error))
     state = program.abstract
-    own = Memory(
-        device_bytes(state.params),
-        device_bytes(state.opt_state),
-        device_bytes(state.frozen),
-        device_bytes(batch),
-        compiled.temporaries,
-        compiled.code,
-    )
+    held = [device_bytes(part) for part in (state.params, state.opt_state, state.frozen, batch)]
+    own = Memory(*held, temporaries=compiled.peak - compiled.code - sum(held), code=compiled.code)
     row = dataclasses.replace(row, compiled=True, problem=None, seconds=compiled.seconds)
     return _timed(job, program, row, own, compiled.collectives)
 

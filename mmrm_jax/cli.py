@@ -70,7 +70,8 @@ class TrainArgs:
     Attributes:
         spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
-            goes on from its last checkpoint when the command is given again.
+            goes on from its last checkpoint when the command is given again. SIGTERM and Ctrl-C save first; the exit
+            status is then 75 or 130. Several processes need a directory that all of them see.
         config: Settings.
         model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
             None takes the tiny model in the package.
@@ -97,12 +98,14 @@ class EvaluateArgs:
         data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
+        step: Of the checkpoint to evaluate; None takes the last.
     """
 
     run: Path
     data: str
     image_root: Path | None = None
     json: Path | None = None
+    step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +188,7 @@ class ExportArgs:
         dtype: Of the weights.
         proxy: Write the text-only proxy too, as the paper's code does.
         json: Also write a summary to this file.
+        step: Of the checkpoint to write; None takes the last.
     """
 
     run: Path
@@ -193,6 +197,7 @@ class ExportArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"
     proxy: bool = False
     json: Path | None = None
+    step: int | None = None
 
 
 def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -244,7 +249,7 @@ def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.single import evaluate_run
 
     args = _parse("evaluate", EvaluateArgs, argv)
-    return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console))
+    return _written(args.json, evaluate_run(args.run, args.data, args.image_root, console, args.step))
 
 
 def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -298,7 +303,15 @@ def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.export import export_run
 
     args = _parse("export", ExportArgs, argv)
-    summary = export_run(args.run, args.out, layout=args.layout, dtype=args.dtype, proxy=args.proxy, console=console)
+    summary = export_run(
+        args.run,
+        args.out,
+        layout=args.layout,
+        dtype=args.dtype,
+        proxy=args.proxy,
+        console=console,
+        chosen=args.step,
+    )
     return _written(args.json, summary)
 
 
@@ -323,9 +336,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "prepare": (prepare, "validate preference files and write them as a data set"),
 }
 
+SEVERAL = ("train", "evaluate")  # commands that several processes can run together
+
 
 def main() -> None:
-    """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2."""
+    """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2.
+
+    `mmrm train` that was stopped by SIGTERM has saved and exits with 75, by Ctrl-C with 130 (see `train.preemption`).
+    """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
@@ -335,20 +353,32 @@ def main() -> None:
     if argv[0] not in COMMANDS:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from mmrm_jax import distributed
+    from mmrm_jax.train.preemption import INTERRUPTED, Preempted
+
     try:
-        COMMANDS[argv[0]][0](argv[1:], Console())
+        if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
+            distributed.initialize()
+        COMMANDS[argv[0]][0](argv[1:], Console(quiet=not distributed.is_main()))
+        distributed.shutdown()
+    except Preempted as stopped:
+        distributed.shutdown()
+        _fail(str(stopped), stopped.status)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         goes_on = argv[0] in ("train", "matrix", "quickstart")
-        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""))
+        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""), INTERRUPTED)
 
 
-def _fail(message: str) -> None:
-    print(f"mmrm: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(message: str, status: int = 2) -> None:
+    from mmrm_jax.distributed import abandon
+
+    print(f"mmrm: {message}", file=sys.stderr, flush=True)
+    abandon(status)
+    raise SystemExit(status)
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -412,7 +442,9 @@ def _command(name: str, argv: Sequence[str]) -> str:
 
 
 def _written(path: Path | None, result: dict[str, Any]) -> dict[str, Any]:
-    if path is not None:
+    from mmrm_jax.distributed import is_main
+
+    if path is not None and is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result

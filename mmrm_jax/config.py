@@ -265,6 +265,10 @@ class TrainConfig:
             products with weights (dots), or everything (full). The result is the same.
         lora: Train adapters in place of whole branches.
         frozen_dtype: In which frozen parameters are kept, but for the score head; bfloat16 halves their memory.
+        keep_last: Newest checkpoints that are kept. Where the last turns out to be damaged, the one before is used.
+        keep_best: Checkpoints that are kept beside these for their `best_metric`; they are made where an evaluation is.
+        best_metric: Entry of metrics.jsonl that an evaluation on the held-out part leaves.
+        best_is: Which values of it are best.
     """
 
     objective: str = "shortcut_aware"
@@ -288,15 +292,44 @@ class TrainConfig:
     remat: Remat = "none"
     lora: LoraConfig = LoraConfig()
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    keep_last: int = 2
+    keep_best: int = 0
+    best_metric: str = "validation/accuracy"
+    best_is: Literal["highest", "lowest"] = "highest"
 
     def __post_init__(self) -> None:
         names = ("batch_size", "micro_batches", "eval_batch_size", "steps", "log_every", "eval_every")
-        for name in (*names, "checkpoint_every"):
+        for name in (*names, "checkpoint_every", "keep_last"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
         if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"TrainConfig.drop_path_rate is {self.drop_path_rate}; it must be at least 0 and below 1")
+        if self.keep_best < 0:
+            raise ValueError(f"TrainConfig.keep_best is {self.keep_best}; it must be at least 0")
+        every, evaluated = self.checkpoint_every, self.eval_every
+        if self.keep_best and (every is None or evaluated is None or every % evaluated):
+            raise ValueError(
+                "TrainConfig.keep_best needs an evaluation at every checkpoint: checkpoint_every "
+                f"({every}) must be a multiple of eval_every ({evaluated})"
+            )
+
+
+# Settings of a run that may change when it is resumed: what is computed does not depend on them beyond rounding.
+RESUMABLE = (
+    "mesh",
+    "micro_batches",
+    "eval_batch_size",
+    "data.workers",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "strict",
+    "keep_last",
+    "keep_best",
+    "best_metric",
+    "best_is",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,13 +408,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two `to_json` results differ, one line each."""
-    lines = []
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields in which two `to_json` results differ: dotted name -> "old -> new"."""
+    found = {}
     for key in sorted(old.keys() | new.keys()):
         name, a, b = prefix + key, old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, name + ".")
+            found |= differences(a, b, name + ".")
         elif a != b:
-            lines.append(f"{name}: {a!r} -> {b!r}")
-    return lines
+            found[name] = f"{a!r} -> {b!r}"
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -166,16 +167,69 @@ def whole_batch(size: int, mesh: Mesh) -> int:
     return -(-size // ways) * ways
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of every batch this process reads.
+
+    Processes that hold the same groups, since one group's computation spans them, read the same share. Raises
+    ValueError where processes hold groups that overlap in part, or unequal numbers of them.
+    """
+    shares = _shares(mesh)
+    return sorted(set(shares.values())).index(shares[jax.process_index()]), len(set(shares.values()))
+
+
+def _shares(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> which of the parts that groups are split into it holds, ascending."""
+    ways = whole_batch(1, mesh)
+    parts: dict[int, set[int]] = {}
+    for device, (part,) in NamedSharding(mesh, P(RULES["batch"])).devices_indices_map((ways,)).items():
+        parts.setdefault(device.process_index, set()).update(range(*part.indices(ways)))
+    shares = {process: tuple(sorted(held)) for process, held in parts.items()}
+    distinct = set(shares.values())
+    if sum(map(len, distinct)) != ways or len({len(share) for share in distinct}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives the processes parts of a batch that overlap or differ in size ({shares}): "
+            "choose data*fsdp so that it divides, or is divided by, the number of processes"
+        )
+    return shares
+
+
 def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
-    """Place a host batch on the mesh. Raises ValueError where its groups cannot be split evenly."""
-    groups, ways = batch.group_index.shape[-1], whole_batch(1, mesh)
+    """Place a host batch on the mesh; of several processes, each gives the share that `batch_share` names.
+
+    Raises ValueError where its groups cannot be split evenly.
+    """
+    processes = 1 if jax.process_count() == 1 else batch_share(mesh)[1]
+    groups, ways = batch.group_index.shape[-1] * processes, whole_batch(1, mesh)
     if groups % ways:
         part = "micro-batch" if micro else "batch"
         raise ValueError(
             f"a {part} has {groups} groups, which mesh data={mesh.shape['data']} * fsdp={mesh.shape['fsdp']} does not "
             f"divide: choose batch_size (and eval_batch_size) so that every {part} has a multiple of {ways}"
         )
-    return jax.device_put(batch, batch_shardings(batch, mesh, micro=micro))
+    shardings = batch_shardings(batch, mesh, micro=micro)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, shardings)
+    # A process knows the comparisons of its own groups alone: they are put together like groups, then given to all.
+    split = NamedSharding(mesh, P(*((None,) if micro else ()), RULES["batch"]))
+    local = dataclasses.replace(batch.comparisons, index=_global_responses(batch, mesh))
+    comparisons = jax.device_put(jax.make_array_from_process_local_data(split, local), replicated(mesh))
+    rest = dataclasses.replace(batch, comparisons=None)
+    placed = jax.make_array_from_process_local_data(dataclasses.replace(shardings, comparisons=None), rest)
+    return dataclasses.replace(placed, comparisons=comparisons)
+
+
+def _global_responses(batch: Batch, mesh: Mesh) -> np.ndarray:
+    """`comparisons.index` of this process's groups as indices into the responses of the whole batch."""
+    groups, responses = batch.response_lengths.shape[-2:]
+    parts = np.asarray(_shares(mesh)[jax.process_index()])
+    size = groups // len(parts)
+    local, response = np.divmod(np.asarray(batch.comparisons.index), responses)
+    return ((parts[local // size] * size + local % size) * responses + response).astype(np.int32)
+
+
+def gather(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The values of arrays on the mesh, whole, as numpy arrays in every process."""
+    return jax.device_get(jax.device_put(tree, replicated(mesh)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

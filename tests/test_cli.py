@@ -184,7 +184,9 @@ def test_an_interrupt_says_how_to_go_on_where_that_helps(capsys, monkeypatch):
     for command in cli.COMMANDS:
         monkeypatch.setitem(cli.COMMANDS, command, (interrupted, ""))
         status, text = run(capsys, command)
-        assert status == 2 and ("give the same command again" in text) == (command in ("train", "matrix", "quickstart"))
+        assert status == 130 and ("give the same command again" in text) == (
+            command in ("train", "matrix", "quickstart")
+        )
 
 
 def test_a_setting_out_of_range_is_named(capsys, tmp_path):

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from mmrm_jax.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.config import RESUMABLE, DecoderConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.data.images import Preprocessing
 from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, batches, buckets_for, index_source
 from mmrm_jax.data.processor import Processor
@@ -21,9 +22,10 @@ from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
-from mmrm_jax.train.loop import TrainingError, train
+from mmrm_jax.train.loop import TrainingError, resume, train
+from mmrm_jax.train.preemption import PREEMPTED, Preempted
 from mmrm_jax.train.program import Program, build_program
-from mmrm_jax.train.state import TrainState, abstract_model, create_state, init_params
+from mmrm_jax.train.state import TrainState, init_params
 from mmrm_jax.types import Comparison, Group
 
 MODEL = ModelConfig(
@@ -73,19 +75,9 @@ def fresh_state(program: Program) -> TrainState:
     return program.init(PARAMS(), CONFIG)
 
 
-def stream(make: MakeBatch, start: int = 0):
+def stream(make: MakeBatch, start: int = 0, workers: int = 0):
     plan = BatchPlan([s.response for s in make.data.shapes], CONFIG.batch_size, 0, STEPS)
-    return batches(plan, make, start=start)
-
-
-def abstract_state(program: Program, model: ModelConfig = MODEL, config: TrainConfig = CONFIG) -> TrainState:
-    """Shapes and shardings alone, as a new process has them before it restores."""
-    _, params = abstract_model(model)
-    views = program.objective.views(config.proxy_input)
-    state = jax.eval_shape(lambda p: create_state(p, views, config.freeze, program.optimizer, config.seed), params)
-    leaves, treedef = jax.tree.flatten(state)
-    placed = zip(leaves, jax.tree.leaves(program.shardings), strict=True)
-    return treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
+    return batches(plan, make, start=start, workers=workers)
 
 
 def read_metrics(run_dir: Path, *, seconds: bool = True) -> list[dict]:
@@ -161,7 +153,9 @@ def stopping(batches, after: int):
     raise Stopped
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, program, make, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(finished, program, make, tmp_path, workers):
+    """Its position in the data is the step: `stream` goes on with the same groups, read here or by other processes."""
     whole_dir, whole, _ = finished
     with pytest.raises(Stopped):
         train(program, fresh_state(program), stopping(stream(make), 5), CONFIG, steps=STEPS, run_dir=tmp_path)
@@ -173,12 +167,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, program, make, tmp_pat
     # A new process: nothing is left but the directory and the configuration.
     program = build_program(MODEL, CONFIG, STEPS)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state = checkpoints.restore(checkpoints.latest(), abstract_state(program))
+    state = checkpoints.restore(checkpoints.latest(), program.abstract)
     checkpoints.close()
     assert int(state.step) == 3
     for restored, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):
         assert restored.sharding == sharding
-    resumed = train(program, state, stream(make, start=3), CONFIG, steps=STEPS, run_dir=tmp_path)
+    rest = stream(make, start=3, workers=workers)
+    resumed = train(program, state, rest, CONFIG, steps=STEPS, run_dir=tmp_path)
 
     assert jax.tree.structure(resumed.state) == jax.tree.structure(whole.state)
     for a, b in zip(arrays(resumed.state), arrays(whole.state), strict=True):
@@ -198,15 +193,15 @@ def test_starting_again_replaces_what_an_earlier_run_left(finished, program, mak
 def test_every_checkpoint_holds_its_own_step(program, make, tmp_path):
     """Even if the one before is still being written, and the next step takes over the state's buffers meanwhile."""
     state, expected = fresh_state(program), {}
-    checkpoints = Checkpoints(tmp_path, keep=10)
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_last=10))
     for step, batch in enumerate(itertools.islice(stream(make), 4)):
         expected[step] = [np.array(x) for x in jax.tree.leaves(state)]
         checkpoints.save(step, state)
         state, _ = program.train_step(state, program.put(batch))
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path, keep=10)
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(CONFIG, keep_last=10))
     for step, values in expected.items():
-        restored = checkpoints.restore(step, abstract_state(program))
+        restored = checkpoints.restore(step, program.abstract)
         assert all(np.array_equal(a, b) for a, b in zip(arrays(restored), values, strict=True)), step
     checkpoints.close()
 
@@ -219,10 +214,71 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, program, make, tmp_pa
                 batch = dataclasses.replace(batch, comparisons=comparisons)
             yield batch
 
-    with pytest.raises(TrainingError, match=r"is (inf|nan) at step 5: lower the learning rate or check the data"):
-        train(program, fresh_state(program), poisoned(), CONFIG, steps=STEPS, run_dir=tmp_path)
+    with pytest.raises(TrainingError, match=r"is (inf|nan) at step 5: lower the learning rate or check") as error:
+        train(
+            program, fresh_state(program), poisoned(), CONFIG, steps=STEPS, run_dir=tmp_path,
+            describe=make.data.describe,
+        )  # fmt: skip
     assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3, 4]
     assert latest(tmp_path) == 3
+    found = json.loads((tmp_path / "batch-5.json").read_text())
+    assert str(tmp_path / "batch-5.json") in str(error.value) and found["step"] == 5 and " at step 5" in found["reason"]
+    plan = BatchPlan([s.response for s in make.data.shapes], CONFIG.batch_size, 0, STEPS)
+    expected = [{"index": i, "id": f"g{i}", "file": "data.jsonl", "row": i} for i in map(int, plan[4])]
+    assert sorted(found["groups"], key=lambda g: g["index"]) == sorted(expected, key=lambda g: g["index"])
+
+
+def test_a_state_that_is_not_finite_is_not_saved(finished, program, make, tmp_path):
+    def poisoned():
+        yield from itertools.islice(stream(make), 3)
+
+    state = fresh_state(program)
+    assert program.is_finite(state)
+    worst = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.inf), state.opt_state[1][0].nu)
+    adam = (state.opt_state[1][0]._replace(nu=worst), *state.opt_state[1][1:])
+    state = dataclasses.replace(state, opt_state=(state.opt_state[0], adam, *state.opt_state[2:]))
+    # An infinite second moment makes no update at all, so loss and gradients stay finite.
+    with pytest.raises(TrainingError, match=r"optimiser moment is nan at step 3: .*batch-3.json"):
+        train(program, state, poisoned(), CONFIG, steps=STEPS, run_dir=tmp_path)
+    assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3]
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(finished, program, make, tmp_path, at):
+    """In the middle of a logging interval too: what was measured in it is saved."""
+    whole_dir, whole, _ = finished
+    asked = itertools.count(1)  # after every step
+    with pytest.raises(Preempted, match=f"SIGTERM and saved at step {at};") as error:
+        train(
+            program, fresh_state(program), stream(make), CONFIG, steps=STEPS, run_dir=tmp_path,
+            stop=lambda: signal.SIGTERM if next(asked) == at else None,
+        )  # fmt: skip
+    assert error.value.status == PREEMPTED and latest(tmp_path) == at
+    state = resume(program, tmp_path)
+    assert state is not None and int(state.step) == at
+    resumed = train(program, state, stream(make, start=at), CONFIG, steps=STEPS, run_dir=tmp_path)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(resumed.state), arrays(whole.state), strict=True))
+    assert read_metrics(tmp_path, seconds=False) == read_metrics(whole_dir, seconds=False)
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest(finished, program, make, tmp_path):
+    values = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.4, 5: 0.1, 6: 0.2}
+    config = dataclasses.replace(
+        CONFIG, checkpoint_every=1, eval_every=1, keep_last=1, keep_best=2, best_metric="held_out/accuracy"
+    )
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return {"held_out/accuracy": values[int(state.step)]}
+
+    def run(config: TrainConfig, out: Path) -> set[str]:
+        train(program, fresh_state(program), stream(make), config, steps=STEPS, run_dir=out, evaluate=evaluate)
+        return {path.name for path in (out / "checkpoints").iterdir()}
+
+    assert run(config, tmp_path / "highest") == {"2", "3", "6"}
+    assert run(dataclasses.replace(config, best_is="lowest"), tmp_path / "lowest") == {"5", "6"}
+    with pytest.raises(TrainingError, match=r"best_metric 'accuracy' is not among .*held_out/accuracy"):
+        run(dataclasses.replace(config, best_metric="accuracy"), tmp_path / "unknown")
 
 
 def test_data_that_ends_too_early_is_an_error(finished, program, make):
@@ -250,7 +306,7 @@ def test_restoring_onto_another_model_lists_the_differences(finished):
     def problems(model: ModelConfig, config: TrainConfig) -> str:
         other = build_program(model, config, STEPS)
         with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(STEPS, abstract_state(other, model, config))
+            checkpoints.restore(STEPS, other.abstract)
         return str(error.value)
 
     wide = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, mlp_width=24))
@@ -267,7 +323,7 @@ def test_restoring_onto_another_model_lists_the_differences(finished):
 
 def test_restoring_checks_dtypes(finished, program):
     run_dir, _, _ = finished
-    like = abstract_state(program)
+    like = program.abstract
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), like.frozen)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     with pytest.raises(CheckpointError, match="dtype of frozen/.*: saved float32, wanted bfloat16"):
@@ -291,7 +347,14 @@ def test_another_runs_directory_is_refused(tmp_path):
     write_config(tmp_path / "run", {"seed": 0})
     check_config(tmp_path / "run", {"seed": 0})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}
-    check_config(tmp_path / "run", {"seed": 0, "title": "new"}, ignore=("title",))
+    assert check_config(tmp_path / "run", {"seed": 0, "title": "new"}, ignore=("title",)) == ["title: None -> 'new'"]
+    nested = {"seed": 0, "mesh": {"data": 1}, "data": {"workers": 1, "holdout": 0.1}}
+    write_config(tmp_path / "nested", nested)
+    other = {"seed": 0, "mesh": {"data": 2}, "data": {"workers": 2, "holdout": 0.2}}
+    with pytest.raises(CheckpointError, match=r"configuration:\n  data.holdout: 0.1 -> 0.2\nname"):
+        check_config(tmp_path / "nested", other, ignore=RESUMABLE)
+    other["data"]["holdout"] = 0.1
+    assert check_config(tmp_path / "nested", other, RESUMABLE) == ["data.workers: 1 -> 2", "mesh.data: 1 -> 2"]
     with pytest.raises(CheckpointError, match=r"holds a run with another configuration:\n  seed: 0 -> 1"):
         check_config(tmp_path / "run", {"seed": 1})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}

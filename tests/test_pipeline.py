@@ -221,7 +221,7 @@ def test_workers_change_nothing(processor, tmp_path):
 def test_processes_share_a_batch(data):
     plan = plan_of(len(data), 8, 12)
     buckets = buckets_for([data], 4)
-    makes = [MakeBatch(data, buckets, 8, 2, process_index=i, process_count=2) for i in range(2)]
+    makes = [MakeBatch(data, buckets, 8, 2, share=i, shares=2) for i in range(2)]
     whole = MakeBatch(data, buckets, 8, 2)
     for step in range(12):
         halves = [make(plan[step]) for make in makes]
@@ -238,7 +238,7 @@ def test_a_batch_size_that_cannot_be_split(data):
     with pytest.raises(ValueError, match=r"batch_size=8 .* micro_batches=3 on 1 process.*multiple of 3"):
         MakeBatch(data, buckets_for([data], 1), 8, 3)
     with pytest.raises(ValueError, match="multiple of 16"):
-        MakeBatch(data, buckets_for([data], 1), 8, 4, process_count=4)
+        MakeBatch(data, buckets_for([data], 1), 8, 4, shares=4)
 
 
 # ---- broken input

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -51,6 +51,11 @@ class EncodedSource:
     def group(self, index: int) -> Group:
         """The raw group behind an encoded one."""
         return self.source[self.kept[index]]
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """Where the group at `index` comes from: its index, id, file and row."""
+        group = self.group(index)
+        return {"index": index, "id": group.id, "file": group.file, "row": group.row}
 
     def encode(self, index: int) -> EncodedGroup | Quarantined:
         """The group at `index` as arrays, or why it cannot be used."""
@@ -149,8 +154,8 @@ class SequentialPlan:
 class MakeBatch:
     """Positions -> padded batch: the step of the pipeline that workers run.
 
-    Every process takes its slice of the batch, padded like those of the others. A group that cannot be read leaves
-    padding; it is appended to `quarantine`, once, or raises DataError where `strict`.
+    Of several processes each takes its `share` of the batch, padded like those of the others. A group that cannot be
+    read leaves padding; it is appended to `quarantine`, once, or raises DataError where `strict`.
     """
 
     data: EncodedSource
@@ -159,19 +164,19 @@ class MakeBatch:
     micro_batches: int = 1
     quarantine: Path | None = None
     strict: bool = False
-    process_index: int = 0
-    process_count: int = 1
+    share: int = 0
+    shares: int = 1
 
     def __post_init__(self) -> None:
-        parts = self.micro_batches * self.process_count
+        parts = self.micro_batches * self.shares
         if self.batch_size % parts:
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be split into micro_batches={self.micro_batches} on "
-                f"{self.process_count} process(es): it must be a multiple of {parts}"
+                f"{self.shares} process(es): it must be a multiple of {parts}"
             )
 
     def __call__(self, positions: np.ndarray) -> Batch:
-        mine = positions[self.process_index :: self.process_count]
+        mine = positions[self.share :: self.shares]
         encoded = [self.data.encode(int(p)) for p in mine]
         groups = [e for e in encoded if isinstance(e, EncodedGroup)]
         bad = [e for e in encoded if isinstance(e, Quarantined)]
@@ -182,7 +187,7 @@ class MakeBatch:
         return collate(
             groups,
             self.buckets,
-            num_groups=self.batch_size // self.process_count,
+            num_groups=self.batch_size // self.shares,
             micro_batches=self.micro_batches,
             views=self.data.views,
             longest_response=max(self.data.shapes[int(p)].response for p in positions),

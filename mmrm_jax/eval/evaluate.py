@@ -11,6 +11,8 @@ import numpy as np
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches
 from mmrm_jax.data.sources import group_identity
+from mmrm_jax.distributed import own_file
+from mmrm_jax.sharding import batch_share, gather, whole_batch
 from mmrm_jax.train.program import Program
 from mmrm_jax.train.state import TrainState
 
@@ -44,28 +46,36 @@ def evaluate(
 ) -> Evaluation:
     """Run the evaluation step over a whole data set, in order.
 
-    Groups that cannot be read go to `quarantine`; with `strict` the first of them raises DataError.
+    `batch_size` is rounded up to a multiple of the devices. Of several processes each reads its share and gets all
+    results. Groups that cannot be read go to this process's own
+    file in place of `quarantine`; with `strict` the first of them raises DataError.
     """
-    make = MakeBatch(data, buckets, batch_size, quarantine=quarantine, strict=strict)
+    share, shares = batch_share(program.mesh)
+    batch_size = whole_batch(batch_size, program.mesh)
+    quarantine = None if quarantine is None else own_file(quarantine)
+    make = MakeBatch(data, buckets, batch_size, quarantine=quarantine, strict=strict, share=share, shares=shares)
     columns: dict[str, list[np.ndarray]] = {}
     rewards: dict[str, list[np.ndarray]] = {}
     for stacked in batches(SequentialPlan(len(data), batch_size), make):
-        batch = jax.tree.map(lambda x: x[0], stacked)
-        out = jax.device_get(program.eval_step(state.params, state.frozen, program.put(batch, micro=False)))
-        mask, n = batch.comparisons.mask, batch.responses.shape[1]
-        group, local = np.divmod(batch.comparisons.index, n)
+        batch = program.put(jax.tree.map(lambda x: x[0], stacked), micro=False)
+        out = program.eval_step(state.params, state.frozen, batch)
+        seen = (batch.comparisons, batch.group_index, batch.response_lengths)
+        out, (comparisons, group_index, response_lengths) = gather((out, seen), program.mesh)
+        group, local = np.divmod(comparisons.index, response_lengths.shape[1])
         rows = {
-            "group": batch.group_index[group[:, 0]],
+            "group": group_index[group[:, 0]],
             "winner": local[:, 0],
             "loser": local[:, 1],
-            "tie": batch.comparisons.tie,
+            "tie": comparisons.tie,
         }
         rows |= {k: v for k, v in out.items() if not k.endswith("/rewards")}
         for name, values in rows.items():
-            columns.setdefault(name, []).append(values[mask])
+            columns.setdefault(name, []).append(values[comparisons.mask])
         for branch in program.objective.branches:
-            rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][batch.response_lengths > 0])
+            rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][response_lengths > 0])
     joined = {k: np.concatenate(v) for k, v in columns.items()}
+    order = np.argsort(joined["group"], kind="stable")  # shares of a batch follow one another
+    joined = {k: v[order] for k, v in joined.items()}
     return Evaluation(
         group=joined["group"],
         winner=joined["winner"],

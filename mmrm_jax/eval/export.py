@@ -31,8 +31,9 @@ def export_run(
     dtype: Literal["float32", "bfloat16"],
     proxy: bool,
     console: Console,
+    chosen: int | None = None,
 ) -> dict[str, Any]:
-    """Write the model of a run's last checkpoint: weights, config.json, tokenizer and preprocessing.
+    """Write the model of a run's last checkpoint, or of step `chosen`, with all that a checkpoint folder has.
 
     `layout` "same" is that of the checkpoint the run started from, "chat" InternVL's own, "native" that of
     transformers' InternVLForConditionalGeneration. With `proxy` the text-only proxy is written too, as the paper's code
@@ -46,7 +47,7 @@ def export_run(
     objective, checkpoint = saved.program.objective, saved.checkpoint
     if proxy and "proxy" not in objective.branches:
         raise ValueError(f"{run} was trained with {objective.name}, which has no proxy: leave out --proxy")
-    state, step = saved.restore(console)
+    state, step = saved.restore(console, chosen)
     before = checkpoint_layout(open_tensors(checkpoint.path))
     after: CheckpointLayout = before if layout == "same" else layout
     head = unused_tensors(checkpoint.path)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import MatrixConfig, TrainConfig, to_json
+from mmrm_jax.config import RESUMABLE, MatrixConfig, TrainConfig, to_json
 from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data
@@ -36,7 +36,8 @@ from mmrm_jax.train.setup import (
 from mmrm_jax.types import Quarantined
 
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
-FREE = ("title", "seeds", "jobs", "out")  # settings that a finished cell does not depend on
+# Settings that a finished cell does not depend on.
+FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +221,13 @@ def run_cell(
     source = data.train[cell.train]
     folder.mkdir(parents=True, exist_ok=True)
     quarantine = folder / "unreadable.jsonl"
-    params, _ = initial_params(checkpoint, config.seed, program.mesh)
-    state = resume(program, program.init(params, config), folder)
-    if not int(state.step):
+    state = resume(program, folder)
+    if state is None:
+        state = program.init(initial_params(checkpoint, config.seed, program.mesh)[0], config)
         quarantine.unlink(missing_ok=True)  # of a run that begins again
-    stream = training_batches(source, data.buckets, config, steps, start=int(state.step), quarantine=quarantine)
+    stream = training_batches(
+        source, data.buckets, config, steps, program.mesh, start=int(state.step), quarantine=quarantine
+    )
     result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
     evaluations = {
         name: evaluate(

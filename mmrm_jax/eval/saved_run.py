@@ -17,7 +17,7 @@ from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints
 from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.setup import Checkpoint, model_fingerprint, open_checkpoint
-from mmrm_jax.train.state import TrainState, abstract_model
+from mmrm_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,20 @@ class SavedRun:
     data: str
     steps: int
 
-    def restore(self, console: Console) -> tuple[TrainState, int]:
-        """(state without optimiser moments, step) of the last complete checkpoint; says so where the run is unfinished.
+    def restore(self, console: Console, chosen: int | None = None) -> tuple[TrainState, int]:
+        """(state without optimiser moments, step) of the last whole checkpoint, or of step `chosen`.
 
-        Raises CheckpointError where there is no checkpoint.
+        Says so where the last is not the end of the run. Raises CheckpointError where there is no such checkpoint.
         """
-        program, config = self.program, self.config
-        like = jax.eval_shape(lambda p: program.init(p, config), abstract_model(self.checkpoint.config)[1])
-        # One sharding covers a variable, whose value lies inside it: the shardings are a prefix of the state.
-        like = jax.tree.map(
-            lambda s, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part),
-            program.shardings,
-            like,
-        )
         checkpoints = Checkpoints(self.path / "checkpoints")
-        step = checkpoints.latest()
+        if chosen is not None:
+            checkpoints.check(chosen)
+        step = checkpoints.latest(lambda message: console.print(message, style="yellow")) if chosen is None else chosen
         if step is None:
             raise CheckpointError(f"{self.path / 'checkpoints'} holds no complete checkpoint: finish the run first")
-        state = checkpoints.restore(step, dataclasses.replace(like, opt_state=()), without="opt_state")
+        state = checkpoints.restore(step, dataclasses.replace(self.program.abstract, opt_state=()), without="opt_state")
         checkpoints.close()
-        if step < self.steps:
+        if chosen is None and step < self.steps:
             console.print(
                 f"unfinished: {self.path} stopped at step {step} of {self.steps}; the same mmrm train goes on",
                 style="yellow",

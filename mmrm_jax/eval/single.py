@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import TrainConfig, to_json
+from mmrm_jax.config import RESUMABLE, TrainConfig, to_json
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
-from mmrm_jax.data.records import DataError, raise_first, read_quarantine, summarise_quarantine, write_quarantine
+from mmrm_jax.data.quarantine import clear_quarantine, merge_quarantine
+from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import GroupSource, fingerprint
+from mmrm_jax.distributed import is_main
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.summary import percent
-from mmrm_jax.sharding import whole_batch
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
+from mmrm_jax.train.preemption import handled
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
@@ -64,7 +66,11 @@ def open_run(
     source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
     prints = _fingerprints(source, held_out, checkpoint.path)
     resolved = to_json(config) | {"trained_on": spec, **paths, "fingerprints": prints}
-    check_config(out, resolved, ignore=("total_steps",))  # which follows from the rest
+    total = {"total_steps"}  # which follows from the rest
+    changed = check_config(out, resolved, ignore=(*total, *RESUMABLE))
+    for line in changed:
+        if line.partition(":")[0] not in total:
+            console.print(f"changed since the run began: {line}")
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad
     validation = None
@@ -74,7 +80,8 @@ def open_run(
     write_config(out, resolved | {"total_steps": training_steps(config, len(data))})
     if quarantined:
         console.print(summarise_quarantine(quarantined))
-    write_quarantine(out / "quarantine.jsonl", quarantined)
+    if is_main():
+        write_quarantine(out / "quarantine.jsonl", quarantined)
     sets = [data] if validation is None else [data, validation]
     buckets = buckets_for(sets, config.data.buckets)
     console.print(describe_data(sets, buckets))
@@ -84,23 +91,28 @@ def open_run(
 def train_run(
     config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
 ) -> dict[str, Any]:
-    """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` where there is one.
+    """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` that is whole, if there is one.
 
-    Raises CheckpointError where `out` holds a run of another configuration.
+    Of several processes each reads its share of every batch, and `out` is a folder that all of them see. Raises
+    CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
     """
     run = open_run(config, spec, out, model, image_root, console)
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
-    params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
-    if drawn:
-        console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
-    state = resume(program, program.init(params, config), out)
     unreadable = out / "unreadable.jsonl"
-    if int(state.step):
-        console.print(f"going on from step {int(state.step)}")
+    state = resume(program, out, lambda message: console.print(message, style="yellow"))
+    if state is None:
+        params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
+        if drawn:
+            console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
+        state = program.init(params, config)
+        del params
+        clear_quarantine(unreadable)  # of a run that begins again
     else:
-        unreadable.unlink(missing_ok=True)  # of a run that begins again
-    stream = training_batches(run.train, run.buckets, config, steps, start=int(state.step), quarantine=unreadable)
+        console.print(f"going on from step {int(state.step)}")
+    stream = training_batches(
+        run.train, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
+    )
     clusters = None if run.validation is None else image_clusters(run.validation)
 
     def validate(state: TrainState) -> dict[str, float]:
@@ -118,12 +130,27 @@ def train_run(
         row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
         return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
 
-    with make_progress(console) as progress, task(progress, config.objective, steps, keep=True) as report:
-        result = train(program, state, stream, config, steps=steps, run_dir=out, report=report, evaluate=validate)
+    with (
+        handled(program.mesh) as stop,
+        make_progress(console) as bar,
+        task(bar, config.objective, steps, keep=True) as report,
+    ):
+        result = train(
+            program,
+            state,
+            stream,
+            config,
+            steps=steps,
+            run_dir=out,
+            report=report,
+            evaluate=validate,
+            stop=stop,
+            describe=run.train.describe,
+        )
     final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
     for name in sorted(k for k in final if "accuracy" in k):
         console.print(f"{name}: {100 * final[name]:.1f} %")
-    found = read_quarantine(unreadable)
+    found = merge_quarantine(unreadable)
     if found:
         console.print(f"unreadable while running, left out:\n{summarise_quarantine(found)}")
     return {
@@ -160,8 +187,13 @@ def _scores(
     )
 
 
-def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console) -> dict[str, Any]:
-    """Evaluate a run's last checkpoint on a data set. Raises CheckpointError where `run` holds none, as `read_run`."""
+def evaluate_run(
+    run: Path, spec: str, image_root: Path | None, console: Console, chosen: int | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's last checkpoint, or that of step `chosen`, on a data set.
+
+    Raises CheckpointError where `run` holds none, as `read_run`.
+    """
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
     source, quarantined = open_spec(spec, Path(), image_root)
@@ -172,8 +204,10 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
     if config.strict:
         raise_first(quarantined)
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
-    write_quarantine(quarantine, quarantined)  # afresh; the evaluation adds what it cannot read
-    state, step = saved.restore(console)
+    clear_quarantine(quarantine)
+    if is_main():
+        write_quarantine(quarantine, quarantined)  # the evaluation adds what it cannot read
+    state, step = saved.restore(console, chosen)
     buckets = buckets_for([data], config.data.buckets)
     console.print(describe_data([data], buckets))
     e = evaluate(
@@ -181,7 +215,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         state,
         data,
         buckets,
-        batch_size=whole_batch(config.eval_batch_size, program.mesh),
+        batch_size=config.eval_batch_size,
         quarantine=quarantine,
         strict=config.strict,
     )
@@ -192,7 +226,7 @@ def evaluate_run(run: Path, spec: str, image_root: Path | None, console: Console
         counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     _print(row, console)
-    quarantined = read_quarantine(quarantine)
+    quarantined = merge_quarantine(quarantine)
     if quarantined:
         console.print(f"{summarise_quarantine(quarantined)}\nall of them: {quarantine}")
     unusable = [dataclasses.asdict(q) for q in quarantined]

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the train state.
+"""Orbax checkpoints of the train state, with checksums, and which of them are kept.
 
 The state is saved as a flat mapping of parameter paths to arrays, so every array's name, shape and dtype is checked
 on the way back. The position in the data needs no file of its own: it is the step (see `data.pipeline.BatchPlan`).
@@ -7,15 +7,21 @@ on the way back. The position in the data needs no file of its own: it is the st
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from mmrm_jax.config import differences
+from mmrm_jax.config import TrainConfig, differences
+from mmrm_jax.distributed import any_process, is_main
+from mmrm_jax.train.manifest import MANIFEST, damage, read_manifest, write_atomic, write_manifest
 from mmrm_jax.types import PyTree
+
+Warn = Callable[[str], None]
 
 
 class CheckpointError(RuntimeError):
@@ -27,37 +33,116 @@ def _flat(tree: PyTree) -> tuple[dict[str, Any], Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, treedef
 
 
+def kept_steps(metrics: Mapping[int, float | None], config: TrainConfig) -> set[int]:
+    """The checkpoints to keep, of steps and their values of `best_metric`: the newest, and the best of those with one.
+
+    Of equal values the newer is better.
+    """
+    sign = 1 if config.best_is == "highest" else -1
+    best = sorted((sign * value, step) for step, value in metrics.items() if value is not None)
+    return {*sorted(metrics)[-config.keep_last :], *(step for _, step in best[len(best) - config.keep_best :])}
+
+
 class Checkpoints:
-    """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it."""
+    """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it.
 
-    def __init__(self, directory: Path, *, keep: int = 2):
-        self._checkpointer = ocp.training.Checkpointer(
-            str(directory.resolve()),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # type: ignore[arg-type]
-        )
+    Once Orbax has put a checkpoint into its place, a thread reads it back and adds a manifest of checksums. Older
+    checkpoints are deleted after that, when the next save begins or at `close`: there is always a complete one.
+    Every method is to be called by all processes.
+    """
+
+    def __init__(self, directory: Path, config: TrainConfig | None = None):
+        self._checkpointer = ocp.training.Checkpointer(str(directory.resolve()))
+        self._config = TrainConfig() if config is None else config
+        self._thread = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
         self.directory = directory
+        manifests = {found.step: read_manifest(self._folder(found.step)) for found in self._checkpointer.checkpoints}
+        self._metrics: dict[int, float | None] = {s: None if m is None else m["metric"] for s, m in manifests.items()}
 
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        found = self._checkpointer.latest
-        return None if found is None else int(found.step)
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
-    def save(self, step: int, state: PyTree) -> None:
-        """Start saving `state` as `step`; waits only for a save that is still under way."""
+    def latest(self, warn: Warn = warnings.warn) -> int | None:
+        """The step of the newest checkpoint that is whole, after reading it; None where there is none at all.
+
+        A damaged one is passed over with a warning. One without a manifest, of a process killed before it wrote that,
+        is taken only where there is no other. Raises CheckpointError where all are damaged.
+        """
+        problems = {}
+        for step in sorted(self._metrics, reverse=True):
+            found = damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+            if not any_process(found is not None):
+                return step
+            problems[step] = found or "another process found it damaged"
+            warn(f"{self.directory}: checkpoint {step} is passed over: {problems[step]}")
+        for step in problems:
+            if not any_process(read_manifest(self._folder(step)) is not None):
+                warn(f"{self.directory}: checkpoint {step} is used, though it cannot be checked without {MANIFEST}")
+                return step
+        if problems:
+            raise CheckpointError(f"{self.directory} holds no checkpoint that is whole: delete it to begin again")
+        return None
+
+    def check(self, step: int) -> None:
+        """Raises CheckpointError where there is no checkpoint of `step`, or it is damaged."""
+        if step not in self._metrics:
+            known = ", ".join(map(str, sorted(self._metrics))) or "none"
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {known}")
+        found = damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+        if any_process(found is not None):
+            raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged: {found or 'see another process'}")
+
+    def save(
+        self, step: int, state: PyTree, *, pending: Sequence[dict[str, Any]] = (), metric: float | None = None
+    ) -> None:
+        """Start saving `state` as `step`; waits only for a save that is still under way.
+
+        `pending` are JSON values to go with it, `metric` is the run's `best_metric` there.
+        """
+        self._settle()
         # Unless forced, Orbax leaves out a checkpoint, even the last, while it is busy with the one before.
-        self._checkpointer.save_checkpointables_async(step, {"state": _flat(state)[0]}, force=True)
+        response = self._checkpointer.save_checkpointables_async(
+            step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": list(pending)}
+        )
+        assert response is not None
+        self._metrics[step] = metric
+        self._sealing = self._thread.submit(self._seal, step, response, metric)
+
+    def _seal(self, step: int, response: Any, metric: float | None) -> None:
+        response.result()
+        if is_main():
+            write_manifest(self._folder(step), metric)
+
+    def _settle(self) -> None:
+        """Wait for the save under way, then delete what need not be kept."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+            for step in set(self._metrics) - kept_steps(self._metrics, self._config):
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        self._checkpointer.delete(step)
+        del self._metrics[step]
 
     def discard_after(self, step: int) -> None:
         """Delete checkpoints newer than `step`: those of a run that starts again from there."""
-        for found in self._checkpointer.checkpoints:
-            if found.step > step:
-                self._checkpointer.delete(found.step)
+        for newer in [found for found in self._metrics if found > step]:
+            self._delete(newer)
+
+    def pending(self, step: int) -> list[dict[str, Any]]:
+        """What was saved as `pending` with `step`; nothing where there is no such checkpoint."""
+        if step not in self._metrics:
+            return []
+        saved: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return saved["pending"] if saved else []
 
     def restore(self, step: int, like: PyTree, *, without: str | None = None) -> PyTree:
         """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).
 
-        The part called `without`, which `like` then lacks too, is not read. Raises CheckpointError listing arrays that
-        are missing, superfluous or of another shape or dtype.
+        The mesh may be another than that it was saved from. The part called `without`, which `like` then lacks too, is
+        not read. Raises CheckpointError listing arrays that are missing, superfluous or of another shape or dtype.
         """
         wanted, treedef = _flat(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in wanted.items()}
@@ -80,31 +165,37 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for saves under way."""
-        self._checkpointer.close()
+        try:
+            self._settle()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
 
 
-def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] = ()) -> None:
+def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Raises CheckpointError where `run_dir` holds a run of another configuration; `config` is `config.to_json`'s.
 
-    Fields in `ignore` may differ.
+    Fields in `ignore`, dotted where they are nested, may differ; those that do are returned, a line each.
     """
     file = run_dir / "config.json"
     if not file.exists():
-        return
+        return []
     try:
         saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}; name another directory, or delete this one") from error
-    old, new = ({k: v for k, v in side.items() if k not in ignore} for side in (saved, config))
-    found = differences(old, new)
-    if found:
-        shown = "\n  ".join(found)
+    found = differences(saved, config)
+    free = [name for name in found if any(name == field or name.startswith(field + ".") for field in ignore)]
+    if len(found) > len(free):
+        shown = "\n  ".join(f"{name}: {change}" for name, change in found.items() if name not in free)
         raise CheckpointError(
             f"{run_dir} holds a run with another configuration:\n  {shown}\nname another directory, or delete this one"
         )
+    return [f"{name}: {found[name]}" for name in free]
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     """Write `config.json`, once the data have turned out to be readable: before that there is no run to hold on to."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / "config.json", json.dumps(config, indent=2) + "\n")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mmrm_jax.config import TrainConfig
-from mmrm_jax.train.checkpoint import Checkpoints
+from mmrm_jax.sharding import gather
+from mmrm_jax.train.checkpoint import Checkpoints, Warn
+from mmrm_jax.train.interval import Interval, NonFinite
+from mmrm_jax.train.preemption import Preempted
 from mmrm_jax.train.program import Program
+from mmrm_jax.train.run_files import RunFiles
 from mmrm_jax.train.state import TrainState
 from mmrm_jax.types import Batch
 
@@ -38,13 +42,16 @@ class TrainResult:
     seconds: float
 
 
-def resume(program: Program, initial: TrainState, run_dir: Path) -> TrainState:
-    """The newest checkpoint in `run_dir`, or `initial` where there is none."""
+def resume(program: Program, run_dir: Path, warn: Warn = warnings.warn) -> TrainState | None:
+    """The newest checkpoint in `run_dir` that is whole, on the program's mesh; None where there is no checkpoint.
+
+    Raises CheckpointError as `Checkpoints.latest` and `restore` do.
+    """
     if not (run_dir / "checkpoints").exists():
-        return initial
+        return None
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    step = checkpoints.latest()
-    state = initial if step is None else checkpoints.restore(step, initial)
+    step = checkpoints.latest(warn)
+    state = None if step is None else checkpoints.restore(step, program.abstract)
     checkpoints.close()
     return state
 
@@ -59,39 +66,66 @@ def train(
     run_dir: Path | None = None,
     report: Report = lambda step, metrics: None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
+    describe: Callable[[int], dict[str, Any]] = lambda index: {"index": index},
 ) -> TrainResult:
     """Run from `state.step` to `steps`; `stream` yields the batches from there on.
 
     With a `run_dir` it writes `metrics.jsonl`, TensorBoard events and checkpoints; what lies there from steps after
     `state.step` is replaced. A logging interval ends every `log_every` steps and wherever there is an evaluation or a
-    checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each. Raises
-    TrainingError where the loss or a gradient stops being finite.
+    checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each.
+
+    `stop` is asked after every step; at a signal the run saves and raises Preempted. Raises TrainingError where the
+    loss, a gradient, or a value to be saved is not finite; what `describe` says of the batch's groups is then in the
+    file that the message names.
     """
-    pending: list[dict[str, jax.Array]] = []
-    batches = iter(stream)
-    with _Writers(run_dir, int(state.step)) as writers:
-        history = writers.history
-        start = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-        for step in range(int(state.step) + 1, steps + 1):
-            state, metrics = program.train_step(state, program.put(_next(batches, step)))
-            pending.append(metrics)
-            evaluating = evaluate is not None and _due(config.eval_every, step, steps)
-            saving = _due(config.checkpoint_every, step, steps)
-            if evaluating or saving or _due(config.log_every, step, steps):
-                entry = _interval(pending, step, time.monotonic() - start, config.batch_size)
-                pending = []
-                if evaluate is not None and evaluating:
-                    entry |= evaluate(state)
-                history.append(entry)
-                writers.write(entry)
-                report(step, entry)
-            if saving:
-                writers.checkpoint(step, state)
-    return TrainResult(state, history, time.monotonic() - start)
+    with RunFiles(run_dir, int(state.step), config) as files, _iterate(stream) as batches:
+        interval = Interval(files.pending)
+        start = time.monotonic() - (files.history[-1]["seconds"] if files.history else 0.0)
+        try:
+            for step in range(int(state.step) + 1, steps + 1):
+                batch = program.put(_next(batches, step))
+                state, metrics = program.train_step(state, batch)
+                interval.add(step, metrics, batch.group_index)
+                received = None if step == steps else stop()
+                evaluating = evaluate is not None and _due(config.eval_every, step, steps)
+                saving = _due(config.checkpoint_every, step, steps)
+                if evaluating or saving or _due(config.log_every, step, steps):
+                    interval.settle()
+                    seconds = time.monotonic() - start
+                    entry = {"step": step, "seconds": seconds, "groups": step * config.batch_size} | interval.close()
+                    if evaluate is not None and evaluating:
+                        entry |= evaluate(state)
+                    files.write(entry)
+                    report(step, entry)
+                if saving or received:
+                    interval.settle()
+                    if not program.is_finite(state):
+                        raise NonFinite(step, "a parameter or optimiser moment", np.nan, batch.group_index)
+                    metric = _best_metric(config, files.history[-1]) if saving and evaluating else None
+                    files.checkpoint(step, state, interval.finished(), metric)
+                if received:
+                    raise Preempted(step, received)
+        except NonFinite as error:
+            indices = gather(error.groups, program.mesh)
+            file = files.write_batch(error.step, str(error), [describe(int(i)) for i in indices.flat if i >= 0])
+            where = "" if file is None else f"; the groups of its batch are in {file}"
+            raise TrainingError(f"{error}: lower the learning rate or check the data{where}") from error
+    return TrainResult(state, files.history, time.monotonic() - start)
 
 
 def _due(every: int | None, step: int, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
+
+
+@contextmanager
+def _iterate(stream: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    batches = iter(stream)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "close"):  # of Grain's, which ends its worker processes
+            batches.close()  # type: ignore[attr-defined]
 
 
 def _next(batches: Iterator[Batch], step: int) -> Batch:
@@ -101,66 +135,12 @@ def _next(batches: Iterator[Batch], step: int) -> Batch:
         raise TrainingError(f"the data ended before step {step}") from None
 
 
-def _interval(pending: list[dict[str, jax.Array]], step: int, seconds: float, batch_size: int) -> dict[str, Any]:
-    """Means over the steps of one interval; histograms are added up."""
-    fetched = jax.device_get(pending)
-    entry: dict[str, Any] = {"step": step, "seconds": seconds, "groups": step * batch_size}
-    for name in fetched[0]:
-        values = np.stack([m[name] for m in fetched])
-        if name.endswith("histogram"):
-            entry[name] = values.sum(axis=0).tolist()
-            continue
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            at = step - len(fetched) + int(bad[0]) + 1
-            raise TrainingError(f"{name} is {values[bad[0]]} at step {at}: lower the learning rate or check the data")
-        entry[name] = float(values.mean())
-    return entry
-
-
-class _Writers:
-    """`metrics.jsonl`, TensorBoard and checkpoints of a run directory; nothing without one."""
-
-    def __init__(self, run_dir: Path | None, step: int):
-        self.run_dir, self.step = run_dir, step
-        self.history = [] if run_dir is None else _entries_up_to(run_dir / "metrics.jsonl", step)
-
-    def __enter__(self) -> _Writers:
-        if self.run_dir is not None:
-            from tensorboardX import SummaryWriter
-
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._checkpoints = Checkpoints(self.run_dir / "checkpoints")
-            self._checkpoints.discard_after(self.step)
-            self._metrics = (self.run_dir / "metrics.jsonl").open("w")
-            self._metrics.writelines(json.dumps(entry) + "\n" for entry in self.history)
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.step + 1)
-        return self
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self.run_dir is None:
-            return
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
-        for name, value in entry.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(name, value, entry["step"])
-
-    def checkpoint(self, step: int, state: TrainState) -> None:
-        if self.run_dir is not None:
-            self._checkpoints.save(step, state)
-
-    def __exit__(self, *error: object) -> None:
-        if self.run_dir is not None:
-            self._metrics.close()
-            self._board.close()
-            self._checkpoints.close()
-
-
-def _entries_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The entries of an interrupted run's `metrics.jsonl` that a resumed run keeps; its last line may be cut short."""
-    if not step or not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [entry for entry in entries if entry["step"] <= step]
+def _best_metric(config: TrainConfig, entry: dict[str, Any]) -> float | None:
+    """What the checkpoint is ranked by, where any are kept for it. Raises TrainingError where it is not measured."""
+    if not config.keep_best:
+        return None
+    value = entry.get(config.best_metric)
+    if not isinstance(value, float):
+        known = ", ".join(sorted(name for name, v in entry.items() if isinstance(v, float) and name != "seconds"))
+        raise TrainingError(f"best_metric {config.best_metric!r} is not among what this run measures: {known}")
+    return value

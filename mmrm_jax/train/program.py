@@ -10,32 +10,33 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmrm_jax.config import ModelConfig, TrainConfig
 from mmrm_jax.objectives import OBJECTIVES, Objective
-from mmrm_jax.sharding import check_heads, make_mesh, put_batch
+from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
-from mmrm_jax.train.step import make_eval_step, make_train_step
-from mmrm_jax.types import Batch
+from mmrm_jax.train.step import all_finite, make_eval_step, make_train_step
+from mmrm_jax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
 
-    `abstract` is the state as shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
+    `abstract` is the state's shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
     gives what compiling ahead of time begins with.
     """
 
     objective: Objective
     mesh: Mesh
     optimizer: optax.GradientTransformation
+    abstract: TrainState
     shardings: TrainState
     train_step: Callable
     eval_step: Callable
-    abstract: TrainState
+    is_finite: Callable
     lower_train_step: Callable
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
@@ -67,21 +68,19 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     graphdef, params = abstract_model(as_trained(model, config))
     abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config), params)
     shardings = state_shardings(abstract, mesh)
-    leaves, treedef = jax.tree.flatten(abstract)
-    placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
-    abstract = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed])
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     return Program(
         objective,
         mesh,
         optimizer,
+        _placed(abstract, shardings),
         shardings,
         _in_mesh(mesh, jitted),
         _in_mesh(mesh, jax.jit(eval_step)),
-        abstract,
+        _in_mesh(mesh, jax.jit(all_finite, out_shardings=replicated(mesh))),
         _in_mesh(mesh, jitted.lower),
     )
 
@@ -101,6 +100,15 @@ def as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
         vision=dataclasses.replace(model.vision, drop_path_rate=rate, remat=config.remat),
         decoder=dataclasses.replace(model.decoder, remat=config.remat),
     )
+
+
+def _placed(abstract: TrainState, shardings: TrainState) -> TrainState:
+    """Abstract arrays with their shardings; one sharding covers a variable, whose value lies inside it."""
+
+    def place(sharding: NamedSharding, part: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, shardings, abstract)
 
 
 def _in_mesh(mesh: Mesh, step: Callable) -> Callable:

@@ -20,10 +20,12 @@ from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
+from mmrm_jax.distributed import own_file
 from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.objectives import Objective
+from mmrm_jax.sharding import batch_share
 from mmrm_jax.train.state import abstract_model, init_score, place_abstract
 from mmrm_jax.types import Batch, Quarantined
 
@@ -137,16 +139,26 @@ def training_steps(config: TrainConfig, groups: int) -> int:
 
 
 def training_batches(
-    data: EncodedSource, buckets: Buckets, config: TrainConfig, steps: int, *, start: int, quarantine: Path
+    data: EncodedSource, buckets: Buckets, config: TrainConfig, steps: int, mesh: Mesh, *, start: int, quarantine: Path
 ) -> Iterable[Batch]:
-    """The batches of steps `start`, `start` + 1, ..., `steps` - 1; what cannot be read is added to `quarantine`.
+    """This process's share of the batches of steps `start`, `start` + 1, ..., `steps` - 1.
+
+    What cannot be read is added to this process's own file in place of `quarantine`.
 
     Groups are brought together by the length they are padded to, not by their own: where few texts make up a data set,
     the exact length would give batches of one and the same text.
     """
     plan = BatchPlan([buckets.padded_response(s) for s in data.shapes], config.batch_size, config.seed, steps)
+    index, count = batch_share(mesh)
     make = MakeBatch(
-        data, buckets, config.batch_size, config.micro_batches, quarantine=quarantine, strict=config.strict
+        data,
+        buckets,
+        config.batch_size,
+        config.micro_batches,
+        quarantine=own_file(quarantine),
+        strict=config.strict,
+        share=index,
+        shares=count,
     )
     return batches(plan, make, start=start, workers=config.data.workers)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from mmrm_jax.config import BranchInput
 from mmrm_jax.models.lora import merge_model
@@ -138,3 +138,8 @@ def make_eval_step(
         return out if terms.sfc is None else out | {"sfc": terms.sfc}
 
     return step
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number in a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -315,6 +315,15 @@ def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
     return _written(args.json, summary)
 
 
+def plan(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See PlanArgs."""
+    from mmrm_jax.plan.run import RECIPE, PlanArgs, run_plan
+
+    default, rest = _config_file(argv, TrainConfig)
+    args = _parse("plan", PlanArgs, rest, PlanArgs("", default or RECIPE), ("topology",))
+    return _written(args.json, run_plan(args, console))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], str]] = {
     "quickstart": (quickstart, "compare objectives on the shapes world; needs nothing but this machine"),
     "matrix": (matrix, "objective x environment on your own files: the cross-distribution matrix"),
@@ -323,9 +332,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
     "score": (score, "rewards of every response in a file"),
     "export": (export, "a trained run as a checkpoint folder in the Hugging Face layout"),
+    "plan": (plan, "memory, FLOPs, collectives and step time on hardware that is not at hand"),
     "prepare": (prepare, "validate preference files and write them as a data set"),
 }
-
 
 SEVERAL = ("train", "evaluate")  # commands that several processes can run together
 

@@ -198,7 +198,8 @@ def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
 
     Raises ValueError where the groups of the whole batch cannot be split evenly.
     """
-    groups, ways = batch.group_index.shape[-1] * batch_share(mesh)[1], whole_batch(1, mesh)
+    processes = 1 if jax.process_count() == 1 else batch_share(mesh)[1]
+    groups, ways = batch.group_index.shape[-1] * processes, whole_batch(1, mesh)
     if groups % ways:
         part = "micro-batch" if micro else "batch"
         raise ValueError(
@@ -212,8 +213,8 @@ def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
     split = NamedSharding(mesh, P(*((None,) if micro else ()), RULES["batch"]))
     local = dataclasses.replace(batch.comparisons, index=_global_responses(batch, mesh))
     comparisons = jax.device_put(jax.make_array_from_process_local_data(split, local), replicated(mesh))
-    groups = dataclasses.replace(batch, comparisons=None)
-    placed = jax.make_array_from_process_local_data(dataclasses.replace(shardings, comparisons=None), groups)
+    rest = dataclasses.replace(batch, comparisons=None)
+    placed = jax.make_array_from_process_local_data(dataclasses.replace(shardings, comparisons=None), rest)
     return dataclasses.replace(placed, comparisons=comparisons)
 
 

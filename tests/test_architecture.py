@@ -20,7 +20,7 @@ LAYERS = (
     ("data", "models", "objectives"),
     ("train",),
     ("tiny",),
-    ("eval",),
+    ("eval", "plan"),
     ("serve",),
     ("cli", "__main__"),
 )

@@ -25,7 +25,8 @@ from mmrm_jax.types import Batch, PyTree
 class Program:
     """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
 
-    `abstract` is the state's shapes, dtypes and shardings.
+    `abstract` is the state's shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
+    gives what compiling ahead of time begins with.
     """
 
     objective: Objective
@@ -36,6 +37,7 @@ class Program:
     train_step: Callable
     eval_step: Callable
     is_finite: Callable
+    lower_train_step: Callable
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
@@ -54,27 +56,32 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def build_program(model: ModelConfig, config: TrainConfig, steps: int) -> Program:
-    """Set up the mesh, the optimiser and both steps. Nothing is compiled before its first call."""
+def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> Program:
+    """Set up the optimiser and both steps. Nothing is compiled before its first call.
+
+    `mesh` is that of the configuration over all devices unless another is given, of devices that are not at hand say.
+    """
     objective = find_objective(config.objective)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_heads(model, mesh)
     optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
-    graphdef, params = abstract_model(_as_trained(model, config))
+    graphdef, params = abstract_model(as_trained(model, config))
     abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config), params)
     shardings = state_shardings(abstract, mesh)
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     return Program(
         objective,
         mesh,
         optimizer,
         _placed(abstract, shardings),
         shardings,
-        _in_mesh(mesh, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))),
+        _in_mesh(mesh, jitted),
         _in_mesh(mesh, jax.jit(eval_step)),
         _in_mesh(mesh, jax.jit(all_finite, out_shardings=replicated(mesh))),
+        _in_mesh(mesh, jitted.lower),
     )
 
 
@@ -85,7 +92,7 @@ def _new_state(
     return create_state(params, views, config.freeze, optimizer, config.seed, config.lora, config.frozen_dtype)
 
 
-def _as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+def as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:
     """The model with what a run, and not its checkpoint, says of it."""
     rate = model.vision.drop_path_rate if config.drop_path_rate is None else config.drop_path_rate
     return dataclasses.replace(

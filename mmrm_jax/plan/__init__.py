@@ -1,0 +1,1 @@
+"""What a training step would need on hardware that is not at hand: `mmrm plan`."""

@@ -1,0 +1,136 @@
+"""Memory and communication of a train step by analysis: what ranks candidates, and all there is for GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmrm_jax.config import ModelConfig, TrainConfig
+from mmrm_jax.plan.hlo import Collective
+from mmrm_jax.plan.shapes import DataShape, abstract_batch
+from mmrm_jax.train.program import Program, as_trained
+from mmrm_jax.train.state import abstract_model
+from mmrm_jax.train.step import branch_rewards
+from mmrm_jax.types import Batch, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, at the step's peak.
+
+    `parameters`, `optimizer`, `frozen` and `batch` are the step's arguments. `temporaries` is all the step allocates:
+    activations kept for the backward pass, gradients, weights in the compute dtype, collectives' buffers. `code` is the
+    program itself, which only compiling tells.
+    """
+
+    parameters: float
+    optimizer: float
+    frozen: float
+    batch: float
+    temporaries: float
+    code: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return math.fsum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Bytes that the forward pass of one group keeps for the backward pass, as JAX traces it.
+
+    `whole` is of arrays as wide as the model, which every device of the tensor axis holds; it divides `split`.
+    """
+
+    whole: float
+    split: float
+
+
+def saved_activations(program: Program, model: ModelConfig, config: TrainConfig, shape: DataShape) -> Saved:
+    """Traced for one group and for two: the difference is what grows with the batch. Nothing is allocated."""
+    graphdef, _ = abstract_model(as_trained(model, config))
+    views, dtype = program.objective.views(config.proxy_input), jnp.dtype(config.compute_dtype)
+
+    def pullback(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> PyTree:
+        def total(params: dict[str, nnx.State]) -> jax.Array:
+            return sum(
+                (jnp.sum(r) for r in branch_rewards(graphdef, params, frozen, batch, dtype).values()), jnp.zeros(())
+            )
+
+        return jax.vjp(total, params)[1]
+
+    def residuals(groups: int) -> list[jax.ShapeDtypeStruct]:
+        batch = abstract_batch(shape, model, views, groups=groups, micro_batches=None)
+        return jax.tree.leaves(jax.eval_shape(pullback, program.abstract.params, program.abstract.frozen, batch))
+
+    widths = {model.decoder.width, model.vision.width}
+    whole = split = 0.0
+    for one, two in zip(residuals(1), residuals(2), strict=True):
+        more = (two.size - one.size) * two.dtype.itemsize
+        if two.shape and two.shape[-1] in widths:
+            whole += more
+        else:
+            split += more
+    return Saved(whole, split)
+
+
+def device_bytes(tree: PyTree) -> float:
+    """What one device holds of abstract arrays with shardings."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def estimate_memory(
+    program: Program, batch: Batch, model: ModelConfig, config: TrainConfig, shape: DataShape, saved: Saved
+) -> Memory:
+    """The state exactly, by its shardings; temporaries by analysis.
+
+    These are: what the forward pass keeps of one micro-batch, gradients (and their sum over micro-batches), weights in
+    the compute dtype, the gathered embedding and its gradient, two gathered layers, and three float32 copies of the
+    largest attention scores, which is what the backward pass of one layer holds at once.
+    """
+    state, sizes = program.abstract, program.mesh.shape
+    parameters, frozen = device_bytes(state.params), device_bytes(state.frozen)
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    d, tensor = model.decoder, sizes["tensor"]
+    views = program.objective.views(config.proxy_input)
+    groups = config.batch_size / config.micro_batches / (sizes["data"] * sizes["fsdp"])
+    gradients = parameters * (2 if config.micro_batches > 1 else 1)
+    casts = 0.0 if itemsize == 4 else (parameters + frozen) * itemsize / 4
+    layer = (2 * d.width * (d.num_heads + d.num_kv_heads) * d.head_width + 3 * d.width * d.mlp_width) / tensor
+    gathered = 0.0 if sizes["fsdp"] == 1 else (2 * layer + 2 * d.vocab_size * d.width / tensor) * itemsize
+    prefix = max(shape.prefix_of(view, model) for view in views.values())
+    scores = max(prefix**2, shape.responses * shape.response * (prefix + shape.response))
+    attention = 3 * 4.0 * scores * d.num_heads / tensor * groups
+    kept = (saved.whole + saved.split / tensor) * groups
+    temporaries = kept + gradients + casts + gathered + attention
+    return Memory(parameters, device_bytes(state.opt_state), frozen, device_bytes(batch), temporaries)
+
+
+def estimate_collectives(
+    program: Program, model: ModelConfig, config: TrainConfig, shape: DataShape
+) -> list[Collective]:
+    """What fully sharded, tensor-parallel and data-parallel training need at least, in each micro-batch.
+
+    fsdp: parameters in the compute dtype gathered for the forward and again for the backward pass, gradients scattered;
+    data: gradients all-reduced; tensor: two all-reduces of a layer's activations forward and two backward.
+    """
+    sizes, micro = program.mesh.shape, config.micro_batches
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    fsdp, tensor, data = sizes["fsdp"], sizes["tensor"], sizes["data"]
+    mine = device_bytes(program.abstract.params) / 4  # elements on one device
+    found = []
+    if fsdp > 1:
+        found.append(Collective("all-gather", mine * fsdp * itemsize, fsdp, 2 * micro))
+        found.append(Collective("reduce-scatter", mine * itemsize, fsdp, micro))
+    if data > 1:
+        found.append(Collective("all-reduce", mine * itemsize, data, micro))
+    if tensor > 1:
+        tokens = sum(shape.tokens(v, model) for v in program.objective.views(config.proxy_input).values())
+        payload = tokens * config.batch_size / micro / (data * fsdp) * model.decoder.width * itemsize
+        found.append(Collective("all-reduce", payload, tensor, 4 * micro * model.decoder.num_layers))
+    return found

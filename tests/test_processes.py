@@ -24,7 +24,11 @@ from rich.console import Console
 
 from mmrm_jax.config import DataConfig, MeshConfig, TrainConfig
 from mmrm_jax.eval.single import evaluate_run, train_run
+from mmrm_jax.models.hf.config import config_to_hf, read_config
+from mmrm_jax.models.hf.weights import save_params
 from mmrm_jax.sharding import make_mesh
+from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.state import init_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 QUIET = Console(quiet=True)
@@ -54,11 +58,25 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def model(tmp_path_factory) -> Path:
+    """The packaged model with a second key and value head, which two tensor-parallel devices need, drawn afresh."""
+    folder = tmp_path_factory.mktemp("model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(MODEL_DIR / name, folder)
+    packaged = read_config(MODEL_DIR)
+    config = dataclasses.replace(packaged, decoder=dataclasses.replace(packaged.decoder, num_kv_heads=2))
+    hf = config_to_hf(config, template="chatml-plain", max_tiles=6)
+    (folder / "config.json").write_text(json.dumps(hf))
+    save_params(folder, config, init_params(config, 0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, model, tmp_path_factory) -> Path:
     """The run in one process of eight devices, 2 x 2 x 2."""
     out = tmp_path_factory.mktemp("whole") / "run"
     jax.config.update("jax_disable_most_optimizations", True)
-    train_run(CONFIG, str(data), out, None, None, QUIET)
+    train_run(CONFIG, str(data), out, model, None, QUIET)
     jax.config.update("jax_disable_most_optimizations", False)
     return out
 
@@ -89,13 +107,13 @@ def unreadable(out: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1)])
-def test_a_checkpoint_goes_on_on_another_mesh(data, whole, tmp_path, monkeypatch, sizes) -> None:
+def test_a_checkpoint_goes_on_on_another_mesh(data, model, whole, tmp_path, monkeypatch, sizes) -> None:
     devices = jax.devices()[: int(np.prod(sizes))]
     monkeypatch.setattr("mmrm_jax.train.program.make_mesh", functools.partial(make_mesh, devices=devices))
     out = begun(whole, tmp_path / "run")
     printed = Console(record=True, width=200, file=io.StringIO())
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), micro_batches=2)
-    train_run(config, str(data), out, None, None, printed)
+    train_run(config, str(data), out, model, None, printed)
     text = printed.export_text()
     assert "going on from step 2" in text and "changed since the run began: micro_batches: 1 -> 2" in text
     assert "mesh.fsdp: 2 -> 1" in text
@@ -141,9 +159,9 @@ def options(config: TrainConfig) -> list[object]:
     ]
 
 
-def test_two_processes_stop_together_go_on_together_and_agree_with_one(data, whole, tmp_path) -> None:
+def test_two_processes_stop_together_go_on_together_and_agree_with_one(data, model, whole, tmp_path) -> None:
     out = begun(whole, tmp_path / "run")
-    arguments = ("train", "--data", data, "--out", out, *options(CONFIG))
+    arguments = ("train", "--model", model, "--data", data, "--out", out, *options(CONFIG))
     two = Two(tmp_path, *arguments)
     while two.processes[1].poll() is None and not (out / "tensorboard").exists():
         time.sleep(0.01)  # until training begins, with the compilation of its first step

@@ -6,9 +6,9 @@ Smartphone photos and product descriptions; in `packages` and `produce` the kind
 packages, short ones of produce) predicts the label, each the other way round; in `neutral` text alone says nothing. The
 same command works on any folder with files of these names; `--env NAME=TRAIN,TEST` names others.
 
-The tower is trained too: the packaged model's has seen nothing but rendered shapes. Learning rate, batch size, weight
+The tower is trained too: the packaged model's has seen nothing but rendered pictures. Learning rate, batch size, weight
 decay, tiles and freezing were chosen with standard training on the last fifth of each product's photos in the training
-files.
+files. One seed takes 26 minutes on two busy cores, and 2.4 GiB.
 """
 
 from pathlib import Path

@@ -88,9 +88,18 @@ def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, la
     assert status == 2 and "holds a checkpoint already" in text
 
 
+def test_a_model_that_does_not_see_everything_is_not_exported(capsys, tmp_path):
+    """Whoever reads the folder would give it the image too, or the prompt, and get other rewards."""
+    file, run_dir = write_pairs(tmp_path, "pairs", 12), tmp_path / "run"
+    settings = ("--steps", 1, "--data.holdout", 0, "--objective", "text_only", *SETTINGS)
+    assert run(capsys, "train", "--data", file, "--out", run_dir, *settings)[0] == 0
+    status, text = run(capsys, "export", "--run", run_dir, "--out", tmp_path / "out")
+    assert status == 2 and "was trained with text_only" in text and not (tmp_path / "out").exists()
+
+
 def test_the_settings_of_the_data_are_those_of_the_run(capsys, tmp_path):
     file, run_dir = write_pairs(tmp_path, "pairs", 12), tmp_path / "run"
-    settings = ("--steps", 1, "--data.holdout", 0, "--data.max-length", 200, "--objective", "text_only", *SETTINGS)
+    settings = ("--steps", 1, "--data.holdout", 0, "--data.max-length", 200, "--objective", "standard", *SETTINGS)
     train = ("train", "--data", file, "--out", run_dir, *settings, "--data.max-tiles")
     assert run(capsys, *train, 2)[0] == 0
     saved = read_run(run_dir)

@@ -38,13 +38,19 @@ def export_run(
     `layout` "same" is that of the checkpoint the run started from, "chat" InternVL's own, "native" that of
     transformers' InternVLForConditionalGeneration. With `proxy` the text-only proxy is written too, as the paper's code
     does. The LM head, which is not trained, is carried over; adapters are added to the weights beside them.
-    Raises ValueError where `out` holds a checkpoint already, or where there is no proxy, and CheckpointError where
-    `run` holds no checkpoint of a run, or the folder it started from has changed.
+    Raises ValueError where `out` holds a checkpoint already, where there is no proxy, or where the run's model does not
+    see prompt, image and response, as every reader of a checkpoint has it; CheckpointError where `run` holds no
+    checkpoint of a run, or the folder it started from has changed.
     """
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a checkpoint already; name another directory, or delete this one")
     saved = read_run(run)
     objective, checkpoint = saved.program.objective, saved.checkpoint
+    if objective.branches[objective.scores] != "multimodal":
+        raise ValueError(
+            f"{run} was trained with {objective.name}, whose model does not see prompt, image and response together; "
+            "no checkpoint format says so, and others would score it with all of them: use mmrm evaluate on the run"
+        )
     if proxy and "proxy" not in objective.branches:
         raise ValueError(f"{run} was trained with {objective.name}, which has no proxy: leave out --proxy")
     state, step = saved.restore(console, chosen)

@@ -182,6 +182,27 @@ def test_an_asynchronous_collective_counts_once() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['a'=4,'b'=8] {'b'}", 8),
+        ("mesh['a'=4,'b'=8], device_ids=([4,8]T(1,0)) {'a','b':(2)4}", 16),
+        ("mesh[a=4,b=8], device_ids=(3,1,2,0) {a,b}", 32),
+        ("{}", 64),
+    ],
+)
+def test_every_form_of_groups_is_read(groups: str, size: int) -> None:
+    text = TPU.replace("mesh['x'=4,'y'=2] {'x'}", groups)
+    assert {c.group for c in collectives(text, 64) if c.kind == "all-gather"} == {size}
+
+
+def test_unknown_groups_are_an_error() -> None:
+    with pytest.raises(ValueError, match="the groups of a collective cannot be read .*: by moonlight"):
+        collectives(TPU.replace("[2,4]<=[8]", "by moonlight"), 8)
+
+
 # Hardware
 
 

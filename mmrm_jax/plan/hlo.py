@@ -160,15 +160,24 @@ def _split(result: str) -> list[str]:
 
 
 def _group(text: str, devices: int) -> int:
-    """Devices that take part: from a list of groups, `[groups,size]<=...`, or mesh axes; without any, all."""
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-        return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        return math.prod(sizes[axis] for axis in re.findall(r"'([^']+)'", match[2]))
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(match[1].split(","))
-    return devices
+    """Devices that take part: from a list of groups, `[groups,size]<=...`, or mesh axes; all where none are named.
+
+    Mesh axes are "mesh['a'=4,'b'=8], device_ids=(...) {'a','b':(2)4}"; the last is a part, of size 4, of axis b.
+    Raises ValueError for another form.
+    """
+    match = re.search(r"replica_groups=(\S.*)", text)
+    if match is None or match[1].startswith("{}"):
+        return devices
+    groups = match[1]
+    if found := re.match(r"\[\d+,(\d+)\]<=", groups):
+        return int(found[1])
+    if found := re.match(r"\{\{([\d,]+)\}", groups):
+        return len(found[1].split(","))
+    if found := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'?(\w+)'?=(\d+)", found[1])}
+        axes = re.findall(r"'?(\w+)'?(?::\(\d+\)(\d+))?(?:,|$)", found[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in axes)
+    raise ValueError(f"the groups of a collective cannot be read from the compiled program: {groups[:80]}")
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:

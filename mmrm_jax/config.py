@@ -216,6 +216,27 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the images of training, drawn anew for every step; evaluation sees images as they are.
+
+    Attributes:
+        crop: Least share of an image's area that is shown, from 0 to 1; 1 shows all of it.
+        mirror: Mirror half of the images left to right. Not where prompts or responses speak of sides or read text.
+        brightness: Most by which brightness is raised or lowered, as a share of it.
+    """
+
+    crop: float = 1.0
+    mirror: bool = False
+    brightness: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"Augmentation.crop is {self.crop}; it must be above 0 and at most 1")
+        if not 0 <= self.brightness < 1:
+            raise ValueError(f"Augmentation.brightness is {self.brightness}; it must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """How groups become batches.
 
@@ -236,6 +257,7 @@ class DataConfig:
     holdout: float = 0.1
     holdout_seed: int = 0
     cache: bool = True
+    augment: Augmentation = Augmentation()
 
 
 @dataclasses.dataclass(frozen=True)

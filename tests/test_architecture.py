@@ -22,6 +22,7 @@ LAYERS = (
     ("tiny",),
     ("eval", "plan"),
     ("serve",),
+    ("cli_args",),
     ("cli", "__main__"),
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}

@@ -8,6 +8,7 @@ a group that turns out to be unreadable leaves padding behind instead of shiftin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmrm_jax.config import BranchInput
+from mmrm_jax.config import Augmentation, BranchInput
+from mmrm_jax.data.augment import augment
 from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
 from mmrm_jax.data.images import ImageError
-from mmrm_jax.data.processor import Processor
+from mmrm_jax.data.processor import Change, Processor, unchanged
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
@@ -29,6 +31,8 @@ from mmrm_jax.types import Batch, Group, Quarantined
 T = TypeVar("T")
 
 WINDOW = 16  # most batches among which groups are sorted by length, to keep padding low
+
+NO_AUGMENTATION = Augmentation()
 
 # Grain reads 500 elements ahead by default, and an element is a whole batch here.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -57,14 +61,24 @@ class EncodedSource:
         group = self.group(index)
         return {"index": index, "id": group.id, "file": group.file, "row": group.row}
 
-    def encode(self, index: int) -> EncodedGroup | Quarantined:
-        """The group at `index` as arrays, or why it cannot be used."""
-        return self.cache[index] if index in self.cache else self.encode_group(self.group(index), index)
+    def encode(self, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
+        """The group at `index` as arrays, or why it cannot be used; `change` is done to its image first."""
+        if index not in self.cache:
+            return self.encode_group(self.group(index), index, change)
+        encoded = self.cache[index]
+        if change is unchanged or encoded.tiles is None:
+            return encoded
+        group = self.group(index)
+        assert group.image is not None  # it has tiles
+        try:
+            return dataclasses.replace(encoded, tiles=self.processor.tiles(group.image, change))
+        except ImageError as error:
+            return Quarantined(group.file, group.row, str(error), group.id)
 
-    def encode_group(self, group: Group, index: int) -> EncodedGroup | Quarantined:
+    def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""
         try:
-            return self.processor.encode(group, index, self.views)
+            return self.processor.encode(group, index, self.views, change)
         except (ImageError, TextError) as error:
             return Quarantined(group.file, group.row, str(error), group.id)
 
@@ -166,6 +180,7 @@ class MakeBatch:
     strict: bool = False
     share: int = 0
     shares: int = 1
+    augmentation: Augmentation = NO_AUGMENTATION
 
     def __post_init__(self) -> None:
         parts = self.micro_batches * self.shares
@@ -176,8 +191,21 @@ class MakeBatch:
             )
 
     def __call__(self, positions: np.ndarray) -> Batch:
-        mine = positions[self.share :: self.shares]
-        encoded = [self.data.encode(int(p)) for p in mine]
+        """The batch of the groups at `positions`, their images as they are."""
+        return self._collate(positions, lambda position: self.data.encode(position))
+
+    def random(self, positions: np.ndarray, rng: np.random.Generator) -> Batch:
+        """The batch with every image changed as `augmentation` says; what a group draws is the same in any process."""
+        drawn = int(rng.integers(2**63))
+
+        def encode(position: int) -> EncodedGroup | Quarantined:
+            mine = np.random.default_rng([drawn, position])
+            return self.data.encode(position, functools.partial(augment, how=self.augmentation, rng=mine))
+
+        return self._collate(positions, encode)
+
+    def _collate(self, positions: np.ndarray, encode: Callable[[int], EncodedGroup | Quarantined]) -> Batch:
+        encoded = [encode(int(p)) for p in positions[self.share :: self.shares]]
         groups = [e for e in encoded if isinstance(e, EncodedGroup)]
         bad = [e for e in encoded if isinstance(e, Quarantined)]
         if self.strict:
@@ -210,13 +238,21 @@ def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:
 
 
 def batches(
-    plan: BatchPlan | SequentialPlan, make: Callable[[np.ndarray], T], *, start: int = 0, workers: int = 0
+    plan: BatchPlan | SequentialPlan,
+    make: Callable[..., T],
+    *,
+    start: int = 0,
+    workers: int = 0,
+    seed: int | None = None,
 ) -> grain.IterDataset[T]:
     """The stream of batches that `make` makes of a plan from step `start` on, the same for any number of workers.
 
-    Its iterator's state can be saved and set (`get_state`, `set_state`) as long as `start` and `workers` stay the same.
+    With a `seed`, `make` is also given a generator, which depends on the seed and the step alone. The iterator's state
+    can be saved and set (`get_state`, `set_state`) as long as `start` and `workers` stay the same.
     """
-    stream = grain.MapDataset.source(plan)[start:].map(make).to_iter_dataset(_READ_AHEAD)
+    steps = grain.MapDataset.source(plan)
+    made = steps.map(make) if seed is None else steps.random_map(make, seed=seed)
+    stream = made[start:].to_iter_dataset(_READ_AHEAD)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only absl's own main parses

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from mmrm_jax.config import BranchInput
 from mmrm_jax.data.batching import EncodedGroup, GroupShape
@@ -18,6 +22,15 @@ from mmrm_jax.types import Group
 # What `Processor.save` writes; where a folder has it, it is all that counts beside the tokenizer's files.
 SAVED = "mmrm_processor.json"
 DEFAULT_MAX_LENGTH = 4096
+
+
+# What is done to an image between decoding and tiling.
+Change = Callable[[Image.Image], Image.Image]
+
+
+def unchanged(image: Image.Image) -> Image.Image:
+    """The image itself."""
+    return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +78,24 @@ class Processor:
         }
         write_object(path / SAVED, saved)
 
-    def encode(self, group: Group, index: int, views: dict[str, BranchInput]) -> EncodedGroup:
-        """Tokens and tiles of a group for the branches in `views`.
+    def encode(
+        self, group: Group, index: int, views: dict[str, BranchInput], change: Change = unchanged
+    ) -> EncodedGroup:
+        """Tokens and tiles of a group for the branches in `views`; `change` is what is done to its image first.
 
         Raises ImageError or TextError for a group that cannot be used.
         """
         tiles = None
         count = 0
         if group.image is not None and _looks(views):
-            tiles = tile_image(load_image(group.image), self.preprocessing)
+            tiles = self.tiles(group.image, change)
             count = len(tiles)
         text = encode_texts(self.chat, group.prompt, group.responses, count, views, self.max_length)
         return EncodedGroup(index, text.prefixes, text.responses, tiles, group.comparisons)
+
+    def tiles(self, image: Path | bytes, change: Change = unchanged) -> UInt8[np.ndarray, "T S S 3"]:
+        """The tiles of an image after `change`; raises ImageError where it cannot be read."""
+        return tile_image(change(load_image(image)), self.preprocessing)
 
     def measure(self, group: Group, views: dict[str, BranchInput]) -> GroupShape:
         """The padded sizes a group needs, from its text and image header alone; raises as `encode` does."""

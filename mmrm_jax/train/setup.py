@@ -15,7 +15,7 @@ from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
 from mmrm_jax.data.batching import Buckets
-from mmrm_jax.data.pipeline import BatchPlan, EncodedSource, MakeBatch, batches, index_source
+from mmrm_jax.data.pipeline import NO_AUGMENTATION, BatchPlan, EncodedSource, MakeBatch, batches, index_source
 from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
@@ -159,8 +159,12 @@ def training_batches(
         strict=config.strict,
         share=index,
         shares=count,
+        augmentation=config.data.augment,
     )
-    return batches(plan, make, start=start, workers=config.data.workers)
+    workers = config.data.workers
+    if config.data.augment == NO_AUGMENTATION:
+        return batches(plan, make, start=start, workers=workers)
+    return batches(plan, make.random, start=start, workers=workers, seed=config.seed)
 
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:

@@ -1,0 +1,191 @@
+"""The arguments of each `mmrm` command; the docstrings are what `mmrm COMMAND --help` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mmrm_jax.config import MatrixConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartArgs:
+    """Train text-only, standard and shortcut-aware reward models on the shapes world, and compare them.
+
+    Needs no download and no accelerator: the data set is rendered here, the tiny pretrained model is in the package.
+    The text-only model is the proxy of shortcut-aware training: it shares one global-norm clip with the primary, as in
+    the paper's recipe, so its training is text-only up to clipping.
+
+    Attributes:
+        config: Settings; the defaults are those of the numbers in the README.
+        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect.
+        data: Where the rendered data set is kept; None puts it into the run directory.
+        json: Also write the results to this file.
+    """
+
+    config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
+    steps: int | None = None
+    data: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixArgs:
+    """Train every objective in every environment and test each model on all of them.
+
+    Begin with a configuration file, `mmrm matrix configs/grocery.py`, or name the environments here. The table shows
+    what each objective does on its own distribution (i.i.d.) and on the others (o.o.d.). An interrupted matrix goes on
+    where it stopped when the command is given again. Beside shortcut_aware, the text_only model is its proxy: it shares
+    one global-norm clip with the primary, as in the paper's recipe, so its training is text-only up to clipping.
+
+    Attributes:
+        config: Settings.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
+        json: Also write the results to this file.
+    """
+
+    config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
+    env: tuple[str, ...] = ()
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Train one reward model on one preference file or prepared data set.
+
+    The first argument may be a Python file that defines `config`, a TrainConfig; options override its fields.
+
+    Attributes:
+        spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
+            goes on from its last checkpoint when the command is given again. SIGTERM and Ctrl-C save first; the exit
+            status is then 75 or 130. Several processes need a directory that all of them see.
+        config: Settings.
+        model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
+            None takes the tiny model in the package.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        json: Also write the results to this file.
+    """
+
+    spec: Annotated[str, tyro.conf.arg(name="data")]
+    out: Path
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    model: Path | None = None
+    image_root: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+    """Evaluate a trained run on a preference file: accuracy, rewards, margins; for shortcut_aware also SFD and SFC.
+
+    What could not be used is written to quarantine-NAME.jsonl in the run directory.
+
+    Attributes:
+        run: Run directory of `mmrm train`.
+        data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        json: Also write the results to this file.
+        step: Of the checkpoint to evaluate; None takes the last.
+    """
+
+    run: Path
+    data: str
+    image_root: Path | None = None
+    json: Path | None = None
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArgs:
+    """Validate preference files and write them as one data set (TFDS, ArrayRecord), one split a file.
+
+    Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
+
+    Attributes:
+        files: Preference files: the authors' pairwise JSONL, or VLFeedback.
+        out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
+        image_root: Folder that image paths are relative to; None takes each file's own.
+        strict: Stop at the first bad row.
+        json: Also write the results to this file.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path
+    image_root: Path | None = None
+    strict: bool = False
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArgs:
+    """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
+
+    Attributes:
+        path: Checkpoint folder: InternVL's own layout, or that of transformers' InternVLForConditionalGeneration.
+        json: Also write the description to this file.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreArgs:
+    """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
+
+    Every response of a row is scored, whatever is compared. A row or response that cannot be used gives a line with
+    "error" in its place. A run of `mmrm train` is scored once
+    `mmrm export` has made a checkpoint folder of it.
+
+    Attributes:
+        model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
+        data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        dtype: Of activations and matrix products; the head and the rewards are float32.
+        batch_size: Rows a step; rounded up to a multiple of the devices.
+        buckets: How many padded sizes the response length may take: the bound on compilations.
+        draw_score: For a checkpoint without a score head: the seed that a random one is drawn from.
+        json: Also write a summary to this file.
+    """
+
+    model: Path
+    data: str
+    out: Path
+    image_root: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    buckets: int = 4
+    draw_score: int | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained run as a checkpoint folder: safetensors, config.json, tokenizer and preprocessing.
+
+    The LM head of the base is kept, unless it is tied to the embedding, which is trained: such a model no longer writes
+    text as its base did. A run that is unfinished is written as it is, and said so.
+
+    Attributes:
+        run: Run directory of `mmrm train`.
+        out: New folder.
+        layout: same as that of the checkpoint the run started from; chat is InternVL's own, which the paper's code
+            loads; native is that of transformers' InternVLForConditionalGeneration.
+        dtype: Of the weights.
+        proxy: Write the text-only proxy too, as the paper's code does.
+        json: Also write a summary to this file.
+        step: Of the checkpoint to write; None takes the last.
+    """
+
+    run: Path
+    out: Path
+    layout: Literal["same", "chat", "native"] = "same"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    proxy: bool = False
+    json: Path | None = None
+    step: int | None = None

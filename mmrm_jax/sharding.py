@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -142,23 +142,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool) -> PyTree:
+def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool, shared: Collection[str] = ()) -> PyTree:
     """Groups are split over ("data", "fsdp"); comparisons, which may join any two responses, are replicated.
 
-    `micro` says that arrays carry a leading micro-batch axis. A blank image shared by all groups is replicated.
+    `micro` says that arrays carry a leading micro-batch axis; `shared` names the branches whose groups have one (blank)
+    image between them, which is replicated. Shapes do not tell: a process may hold one group, too.
     """
-    lead = (None,) if micro else ()
-    groups = batch.group_index.shape[-1]
-
-    def one(x: jax.Array) -> NamedSharding:
-        split = x.ndim > len(lead) and x.shape[len(lead)] == groups
-        return NamedSharding(mesh, P(*lead, RULES["batch"]) if split else P())
-
-    shardings = jax.tree.map(one, batch)
-    whole = jax.tree.map(lambda _: replicated(mesh), batch.comparisons)
-    return type(batch)(
-        shardings.prefixes, shardings.responses, shardings.response_lengths, whole, shardings.group_index
-    )
+    whole = replicated(mesh)
+    split = NamedSharding(mesh, P(*((None,) if micro else ()), RULES["batch"]))
+    shardings = jax.tree.map(lambda _: split, dataclasses.replace(batch, comparisons=None))
+    prefixes = {
+        branch: dataclasses.replace(prefix, pixels=whole) if branch in shared else prefix
+        for branch, prefix in shardings.prefixes.items()
+    }
+    comparisons = jax.tree.map(lambda _: whole, batch.comparisons)
+    return dataclasses.replace(shardings, prefixes=prefixes, comparisons=comparisons)
 
 
 def whole_batch(size: int, mesh: Mesh) -> int:
@@ -193,8 +191,8 @@ def _shares(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     return shares
 
 
-def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
-    """Place a host batch on the mesh; of several processes, each gives the share that `batch_share` names.
+def put_batch(batch: Batch, mesh: Mesh, *, micro: bool, shared: Collection[str] = ()) -> Batch:
+    """Place a host batch on the mesh, as `batch_shardings` says; of several processes, each gives its `batch_share`.
 
     Raises ValueError where the groups of the whole batch cannot be split evenly.
     """
@@ -206,7 +204,7 @@ def put_batch(batch: Batch, mesh: Mesh, *, micro: bool) -> Batch:
             f"a {part} has {groups} groups, which mesh data={mesh.shape['data']} * fsdp={mesh.shape['fsdp']} does not "
             f"divide: choose batch_size (and eval_batch_size) so that every {part} has a multiple of {ways}"
         )
-    shardings = batch_shardings(batch, mesh, micro=micro)
+    shardings = batch_shardings(batch, mesh, micro=micro, shared=shared)
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
     # A process knows the comparisons of its own groups alone: they are put together like groups, then given to all.

@@ -60,6 +60,16 @@ def test_which_checkpoints_are_kept(metrics, settings, kept) -> None:
     assert kept_steps(metrics, config) == kept
 
 
+@pytest.mark.parametrize("last, best", [(1, 2), (1, 3), (2, 4), (2, 5)])
+def test_the_best_stay_while_there_are_fewer_than_may_stay(last, best) -> None:
+    config = TrainConfig(eval_every=1, checkpoint_every=1, keep_last=last, keep_best=best)
+    held: dict[int, float | None] = {}
+    for step, metric in enumerate((0.7, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3)):
+        held[step] = metric
+        held = {kept: held[kept] for kept in kept_steps(held, config)}
+    assert set(held) == {*(1, 2, 0, 3, 4)[:best], *(5, 6)[-last:]}
+
+
 def test_the_newest_is_kept_whatever_its_metric_also_after_a_restart(tmp_path) -> None:
     config = dataclasses.replace(KEEP_ALL, keep_last=1, keep_best=1, eval_every=1, checkpoint_every=1)
     save(tmp_path, {1: 0.2, 2: 0.9, 3: 0.5}, config)

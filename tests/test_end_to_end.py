@@ -154,7 +154,7 @@ class Opened:
             own = program.init(self.branches["proxy"], config).params["proxy"]
             state = dataclasses.replace(state, params=state.params | {"proxy": own})
         groups, _ = read_groups(self.folder / f"{name}.jsonl")
-        views = program.objective.views(config.proxy_input)
+        views = program.views
         data, quarantined = index_source(MemorySource(tuple(groups)), self.checkpoint.processor, views, cache=True)
         assert quarantined == []
         return program, state, groups, data

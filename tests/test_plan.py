@@ -59,7 +59,7 @@ def test_flops_are_those_that_xla_counts(config: dict) -> None:
     planned = job(UNROLLED, mesh=MeshConfig(8, 1, 1), **config)
     program = build_program(UNROLLED, planned.config, 10)
     lowered = program.lower_train_step(program.abstract, placed_batch(planned, program))
-    views = program.objective.views(planned.config.proxy_input)
+    views = program.views
     costs = train_costs(
         UNROLLED, planned.config, SHAPE, views, program.abstract.params, batch_ways=1, tensor_ways=1, state_bytes=0.0
     )
@@ -73,7 +73,7 @@ def test_costs_scale_with_depth_batch_and_devices() -> None:
         planned = job(model, mesh=MeshConfig(8, 1, 1), **config)
         program = build_program(model, planned.config, 10)
         ways = {"batch_ways": 2, "tensor_ways": 2, "state_bytes": 100.0}
-        views = program.objective.views(planned.config.proxy_input)
+        views = program.views
         return train_costs(model, planned.config, SHAPE, views, program.abstract.params, **ways)
 
     deep = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=4))

@@ -202,12 +202,16 @@ def test_batches_are_split_by_group_and_comparisons_are_whole() -> None:
     batch = make_batch(
         groups(), MODEL, num_groups=16, micro_batches=2, views={"primary": "multimodal", "proxy": "blank"}
     )
-    shardings = batch_shardings(batch, mesh, micro=True)
+    shardings = batch_shardings(batch, mesh, micro=True, shared={"proxy"})
     split = P(None, ("data", "fsdp"))
     assert shardings.responses.spec == shardings.group_index.spec == split
     assert shardings.prefixes["primary"].pixels.spec == split
     assert shardings.prefixes["proxy"].pixels.spec == P()  # one blank tile for all groups
     assert {s.spec for s in jax.tree.leaves(shardings.comparisons)} == {P()}
+
+    # In a process's share of one group, a shape does not tell whose the image is.
+    one = batch_shardings(jax.tree.map(lambda x: x[:, :1], batch), mesh, micro=True, shared={"proxy"})
+    assert one.prefixes["primary"].pixels.spec == split and one.prefixes["proxy"].pixels.spec == P()
 
 
 def test_rules_that_collide_raise() -> None:

@@ -111,7 +111,7 @@ def program_and_batch(monkeypatch: pytest.MonkeyPatch, objective: str = "standar
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr("mmrm_jax.train.program.make_mesh", one)
     program = build_program(CONFIG, config, steps=10**9)
-    views = program.objective.views(config.proxy_input)
+    views = program.views
     data = groups(proxy_tiles=1 if "blank" in views.values() else 0)
     batch = make_batch(data, CONFIG, micro_batches=config.micro_batches, views=views)
     return program, program.init(random_params(CONFIG, 1), config), program.put(batch)

@@ -54,7 +54,7 @@ class Saved:
 def saved_activations(program: Program, model: ModelConfig, config: TrainConfig, shape: DataShape) -> Saved:
     """Traced for one group and for two: the difference is what grows with the batch. Nothing is allocated."""
     graphdef, _ = abstract_model(as_trained(model, config))
-    views, dtype = program.objective.views(config.proxy_input), jnp.dtype(config.compute_dtype)
+    views, dtype = program.views, jnp.dtype(config.compute_dtype)
 
     def pullback(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> PyTree:
         def total(params: dict[str, nnx.State]) -> jax.Array:
@@ -97,13 +97,12 @@ def estimate_memory(
     parameters, frozen = device_bytes(state.params), device_bytes(state.frozen)
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     d, tensor = model.decoder, sizes["tensor"]
-    views = program.objective.views(config.proxy_input)
     groups = config.batch_size / config.micro_batches / (sizes["data"] * sizes["fsdp"])
     gradients = parameters * (2 if config.micro_batches > 1 else 1)
     casts = 0.0 if itemsize == 4 else (parameters + frozen) * itemsize / 4
     layer = (2 * d.width * (d.num_heads + d.num_kv_heads) * d.head_width + 3 * d.width * d.mlp_width) / tensor
     gathered = 0.0 if sizes["fsdp"] == 1 else (2 * layer + 2 * d.vocab_size * d.width / tensor) * itemsize
-    prefix = max(shape.prefix_of(view, model) for view in views.values())
+    prefix = max(shape.prefix_of(view, model) for view in program.views.values())
     scores = max(prefix**2, shape.responses * shape.response * (prefix + shape.response))
     attention = 3 * 4.0 * scores * d.num_heads / tensor * groups
     kept = (saved.whole + saved.split / tensor) * groups
@@ -130,7 +129,7 @@ def estimate_collectives(
     if data > 1:
         found.append(Collective("all-reduce", mine * itemsize, data, micro))
     if tensor > 1:
-        tokens = sum(shape.tokens(v, model) for v in program.objective.views(config.proxy_input).values())
+        tokens = sum(shape.tokens(v, model) for v in program.views.values())
         payload = tokens * config.batch_size / micro / (data * fsdp) * model.decoder.width * itemsize
         found.append(Collective("all-reduce", payload, tensor, 4 * micro * model.decoder.num_layers))
     return found

@@ -204,9 +204,9 @@ def compile_candidate(job: Job, row: Candidate) -> Candidate:
 
 def placed_batch(job: Job, program: Program) -> Batch:
     """The abstract batch with its shardings, for ahead-of-time compilation."""
-    config, views = job.config, program.objective.views(job.config.proxy_input)
-    batch = abstract_batch(job.shape, job.model, views, groups=config.batch_size, micro_batches=config.micro_batches)
-    shardings = batch_shardings(batch, program.mesh, micro=True)
+    size, parts = job.config.batch_size, job.config.micro_batches
+    batch = abstract_batch(job.shape, job.model, program.views, groups=size, micro_batches=parts)
+    shardings = batch_shardings(batch, program.mesh, micro=True, shared=program.shared)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
 
 
@@ -217,7 +217,7 @@ def _timed(job: Job, program: Program, row: Candidate, memory: Memory, collectiv
         job.model,
         job.config,
         job.shape,
-        program.objective.views(job.config.proxy_input),
+        program.views,
         program.abstract.params,
         batch_ways=mesh.data * mesh.fsdp,
         tensor_ways=mesh.tensor,

@@ -40,7 +40,7 @@ def kept_steps(metrics: Mapping[int, float | None], config: TrainConfig) -> set[
     """
     sign = 1 if config.best_is == "highest" else -1
     best = sorted((sign * value, step) for step, value in metrics.items() if value is not None)
-    return {*sorted(metrics)[-config.keep_last :], *(step for _, step in best[len(best) - config.keep_best :])}
+    return {*sorted(metrics)[-config.keep_last :], *(step for _, step in best[max(0, len(best) - config.keep_best) :])}
 
 
 class Checkpoints:

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mmrm_jax.config import ModelConfig, TrainConfig
+from mmrm_jax.config import BranchInput, ModelConfig, TrainConfig
 from mmrm_jax.objectives import OBJECTIVES, Objective
 from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
@@ -25,11 +25,13 @@ from mmrm_jax.types import Batch, PyTree
 class Program:
     """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
 
+    `views` says what each branch sees.
     `abstract` is the state's shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
     gives what compiling ahead of time begins with.
     """
 
     objective: Objective
+    views: dict[str, BranchInput]
     mesh: Mesh
     optimizer: optax.GradientTransformation
     abstract: TrainState
@@ -45,8 +47,13 @@ class Program:
 
     def put(self, batch: Batch, *, micro: bool = True) -> Batch:
         """Place a host batch on the mesh, leaving out the prefixes of branches this objective does not use."""
-        prefixes = {b: batch.prefixes[b] for b in self.objective.branches}
-        return put_batch(dataclasses.replace(batch, prefixes=prefixes), self.mesh, micro=micro)
+        prefixes = {b: batch.prefixes[b] for b in self.views}
+        return put_batch(dataclasses.replace(batch, prefixes=prefixes), self.mesh, micro=micro, shared=self.shared)
+
+    @property
+    def shared(self) -> set[str]:
+        """The branches whose groups have one blank image between them."""
+        return {branch for branch, view in self.views.items() if view == "blank"}
 
 
 def find_objective(name: str) -> Objective:
@@ -74,6 +81,7 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     return Program(
         objective,
+        objective.views(config.proxy_input),
         mesh,
         optimizer,
         _placed(abstract, shardings),

@@ -27,7 +27,9 @@ def state_of(step: int) -> dict:
 def save(directory: Path, steps: dict[int, float | None], config: TrainConfig = KEEP_ALL) -> None:
     checkpoints = Checkpoints(directory, config)
     for step, metric in steps.items():
-        checkpoints.save(step, state_of(step), pending=[{"loss": [0.1 * step]}], metric=metric)
+        checkpoints.save(
+            step, state_of(step), pending=[{"loss": [0.1 * step]}], metrics={"validation/accuracy": metric}
+        )
     checkpoints.close()
 
 
@@ -78,6 +80,8 @@ def test_the_newest_is_kept_whatever_its_metric_also_after_a_restart(tmp_path) -
     assert listed(tmp_path) == ["2", "4"]
     save(tmp_path, {5: 0.95}, config)
     assert listed(tmp_path) == ["5"]
+    save(tmp_path, {6: 0.1}, dataclasses.replace(config, best_metric="validation/loss", best_is="lowest"))
+    assert listed(tmp_path) == ["6"]  # an accuracy is not ranked among losses
 
 
 def test_older_ones_are_deleted_once_a_newer_one_has_its_manifest(tmp_path, monkeypatch) -> None:

@@ -277,6 +277,9 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(finished, program, make
 
     assert run(config, tmp_path / "highest") == {"2", "3", "6"}
     assert run(dataclasses.replace(config, best_is="lowest"), tmp_path / "lowest") == {"5", "6"}
+    values[2] = None  # undefined there: that checkpoint has no rank
+    assert run(config, tmp_path / "undefined") == {"3", "4", "6"}
+    values[2] = 0.9
     with pytest.raises(TrainingError, match=r"best_metric 'accuracy' is not among .*held_out/accuracy"):
         run(dataclasses.replace(config, best_metric="accuracy"), tmp_path / "unknown")
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -58,7 +59,10 @@ class Checkpoints:
         self._sealing: Future[None] | None = None
         self.directory = directory
         manifests = {found.step: read_manifest(self._folder(found.step)) for found in self._checkpointer.checkpoints}
-        self._metrics: dict[int, float | None] = {s: None if m is None else m["metric"] for s, m in manifests.items()}
+        self._metrics = {step: self._ranked({} if m is None else m["metrics"]) for step, m in manifests.items()}
+
+    def _ranked(self, metrics: Mapping[str, float | None]) -> float | None:
+        return metrics.get(self._config.best_metric)
 
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
@@ -94,11 +98,16 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged: {found or 'see another process'}")
 
     def save(
-        self, step: int, state: PyTree, *, pending: Sequence[dict[str, Any]] = (), metric: float | None = None
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        pending: Sequence[dict[str, Any]] = (),
+        metrics: Mapping[str, float | None] = MappingProxyType({}),
     ) -> None:
         """Start saving `state` as `step`; waits only for a save that is still under way.
 
-        `pending` are JSON values to go with it, `metric` is the run's `best_metric` there.
+        `pending` are JSON values to go with it; `metrics` is what was measured there, of which `best_metric` ranks it.
         """
         self._settle()
         # Unless forced, Orbax leaves out a checkpoint, even the last, while it is busy with the one before.
@@ -106,13 +115,13 @@ class Checkpoints:
             step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": list(pending)}
         )
         assert response is not None
-        self._metrics[step] = metric
-        self._sealing = self._thread.submit(self._seal, step, response, metric)
+        self._metrics[step] = self._ranked(metrics)
+        self._sealing = self._thread.submit(self._seal, step, response, metrics)
 
-    def _seal(self, step: int, response: Any, metric: float | None) -> None:
+    def _seal(self, step: int, response: Any, metrics: Mapping[str, float | None]) -> None:
         response.result()
         if is_main():
-            write_manifest(self._folder(step), metric)
+            write_manifest(self._folder(step), metrics)
 
     def _settle(self) -> None:
         """Wait for the save under way, then delete what need not be kept."""

@@ -102,8 +102,8 @@ def train(
                     interval.settle()
                     if not program.is_finite(state):
                         raise NonFinite(step, "a parameter or optimiser moment", np.nan, batch.group_index)
-                    metric = _best_metric(config, files.history[-1]) if saving and evaluating else None
-                    files.checkpoint(step, state, interval.finished(), metric)
+                    metrics = _measured(config, files.history[-1]) if saving and evaluating else {}
+                    files.checkpoint(step, state, interval.finished(), metrics)
                 if received:
                     raise Preempted(step, received)
         except NonFinite as error:
@@ -135,12 +135,13 @@ def _next(batches: Iterator[Batch], step: int) -> Batch:
         raise TrainingError(f"the data ended before step {step}") from None
 
 
-def _best_metric(config: TrainConfig, entry: dict[str, Any]) -> float | None:
-    """What the checkpoint is ranked by, where any are kept for it. Raises TrainingError where it is not measured."""
-    if not config.keep_best:
-        return None
-    value = entry.get(config.best_metric)
-    if not isinstance(value, float):
-        known = ", ".join(sorted(name for name, v in entry.items() if isinstance(v, float) and name != "seconds"))
+def _measured(config: TrainConfig, entry: dict[str, Any]) -> dict[str, float | None]:
+    """What checkpoints may be ranked by; None is what these data leave undefined.
+
+    Raises TrainingError where `best_metric` is to rank them and is not among it.
+    """
+    measured = {k: v for k, v in entry.items() if k != "seconds" and (v is None or isinstance(v, float))}
+    if config.keep_best and config.best_metric not in measured:
+        known = ", ".join(sorted(measured))
         raise TrainingError(f"best_metric {config.best_metric!r} is not among what this run measures: {known}")
-    return value
+    return measured

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ MANIFEST = "manifest.json"
 _THREADS = 4  # hashing leaves Python's lock, and one thread does 1 to 2 GB/s: about as much as a disk gives
 
 
-def write_manifest(folder: Path, metric: float | None) -> None:
-    """Read every file under `folder` once and write `manifest.json`, whole or not at all; `metric` is kept in it."""
+def write_manifest(folder: Path, metrics: Mapping[str, float | None]) -> None:
+    """Read every file under `folder` once and write `manifest.json`, whole or not at all; `metrics` are kept in it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = list(pool.map(_checksum, files))
@@ -22,7 +23,7 @@ def write_manifest(folder: Path, metric: float | None) -> None:
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, sums, strict=True)
     }
-    write_atomic(folder / MANIFEST, json.dumps({"metric": metric, "files": entries}, indent=1) + "\n")
+    write_atomic(folder / MANIFEST, json.dumps({"metrics": dict(metrics), "files": entries}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -31,7 +32,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in ("metrics", "files"))
+    return found if whole else None
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:

@@ -54,13 +54,15 @@ class RunFiles:
             if isinstance(value, float) and math.isfinite(value):
                 self._board.add_scalar(name, value, entry["step"])
 
-    def checkpoint(self, step: int, state: TrainState, pending: list[dict[str, Any]], metric: float | None) -> None:
+    def checkpoint(
+        self, step: int, state: TrainState, pending: list[dict[str, Any]], metrics: dict[str, float | None]
+    ) -> None:
         """Start saving; the entries up to here are on the disk before."""
         if self.run_dir is None:
             return
         if is_main():
             os.fsync(self._metrics.fileno())
-        self._checkpoints.save(step, state, pending=pending, metric=metric)
+        self._checkpoints.save(step, state, pending=pending, metrics=metrics)
 
     def write_batch(self, step: int, reason: str, groups: list[dict[str, Any]]) -> Path | None:
         """Write which groups a step saw to `batch-STEP.json`, and give its path."""

@@ -3,11 +3,12 @@
 #
 #   PROJECT=my-project ZONE=us-east5-a SOURCE=git+https://HOST/mmrm_jax MOUNT='sudo mount SERVER:/share /mnt' \
 #     launch/tpu_pod.sh v5p-64 train --model /mnt/InternVL2-8B --data /mnt/pairs.jsonl --out /mnt/runs/one \
-#     --compute-dtype bfloat16 --remat full --mesh.fsdp 32
+#     --compute-dtype bfloat16 --remat full --mesh.fsdp 32 --data.no-cache --data.workers 8
 #
 # The first argument is the slice (`mmrm plan` says which is large enough), the rest is what `mmrm` gets. SOURCE is what
-# pip installs. Data, model and run directory must be where all workers see them: MOUNT is run on each of them first.
-# The same command again goes on where a run stopped; KEEP=1 keeps the slice for it.
+# uv installs, with a Python of its own: the machines' is too old. Data, model and run directory must be where all
+# workers see them: MOUNT is run on each of them first. The same command again goes on where a run stopped; KEEP=1 keeps
+# the slice for it.
 set -euo pipefail
 
 slice=$1
@@ -29,5 +30,6 @@ gcloud compute tpus tpu-vm describe "$name" "${at[@]}" > /dev/null 2>&1 ||
     gcloud compute tpus tpu-vm create "$name" "${at[@]}" --accelerator-type "$type" --version "$runtime"
 [[ ${KEEP:-} ]] || trap 'gcloud compute tpus tpu-vm delete "$name" "${at[@]}" --quiet' EXIT
 on_all_workers "${MOUNT:-true}"
-on_all_workers "python3 -m venv .venv && .venv/bin/pip install --quiet 'mmrm-jax[tpu] @ ${SOURCE:?}'"
+on_all_workers "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --clear --python 3.12 .venv &&
+    ~/.local/bin/uv pip install --quiet --python .venv 'mmrm-jax[tpu] @ ${SOURCE:?}'"
 on_all_workers "MMRM_DISTRIBUTED=auto .venv/bin/mmrm $(printf '%q ' "$@")"

@@ -14,8 +14,9 @@ import pytest
 
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, kept_steps
-from mmrm_jax.train.manifest import MANIFEST, damage, read_manifest
+from mmrm_jax.train.manifest import damage, read_manifest, write_manifest
 
+MANIFEST = "manifest-0-of-1.json"
 KEEP_ALL = TrainConfig(keep_last=100)
 
 
@@ -88,14 +89,14 @@ def test_older_ones_are_deleted_once_a_newer_one_has_its_manifest(tmp_path, monk
     config = dataclasses.replace(KEEP_ALL, keep_last=1)
     save(tmp_path, {1: None}, config)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("mmrm_jax.train.checkpoint.write_manifest", full)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, {2: None}, config)
     assert "1" in listed(tmp_path)
-    with pytest.warns(UserWarning, match=f"checkpoint 2 is passed over: it has no {MANIFEST}"):
+    with pytest.warns(UserWarning, match="checkpoint 2 is passed over: its checksums are missing"):
         assert Checkpoints(tmp_path).latest() == 1
 
 
@@ -120,8 +121,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a missing file": (lambda folder: array_file(folder).unlink(), "cannot be read: No such file"),
     "no Orbax metadata": (lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(), "cannot be read: No such file"),
     "no state": (lambda folder: shutil.rmtree(folder / "state"), "cannot be read: No such file"),
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), f"it has no {MANIFEST}"),
-    "half a manifest": (lambda folder: (folder / MANIFEST).write_text('{"files": {'), f"it has no {MANIFEST}"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "its checksums are missing"),
+    "half a manifest": (lambda folder: (folder / MANIFEST).write_text('{"files": {'), "its checksums are missing"),
 }
 
 
@@ -171,7 +172,7 @@ def test_the_only_checkpoint_is_used_where_its_manifest_is_all_that_is_missing(t
     (tmp_path / "3" / MANIFEST).unlink()
     messages: list[str] = []
     assert Checkpoints(tmp_path).latest(messages.append) == 3
-    assert len(messages) == 2 and "passed over" in messages[0] and "cannot be checked" in messages[1]
+    assert len(messages) == 2 and "passed over" in messages[0] and "is used, though" in messages[1]
 
 
 def test_a_step_that_is_asked_for_must_be_there_and_whole(three, tmp_path) -> None:
@@ -193,3 +194,14 @@ def test_parts_of_the_check_cover_every_file(three, tmp_path) -> None:
     shutil.copytree(three / "3", tmp_path, dirs_exist_ok=True)
     flip(tmp_path)
     assert sum(damage(tmp_path, part=i, parts=3) is not None for i in range(3)) == 1
+
+
+def test_each_process_writes_the_checksums_of_its_share(three, tmp_path) -> None:
+    shutil.copytree(three / "3", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest-*"))
+    for part in range(3):
+        assert read_manifest(tmp_path) is None
+        write_manifest(tmp_path, {"loss": 0.5}, part=part, parts=3)
+    together, alone = read_manifest(tmp_path), read_manifest(three / "3")
+    assert together is not None and alone is not None
+    assert together["files"] == alone["files"] and together["metrics"] == {"loss": 0.5}
+    assert damage(tmp_path) is None

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -111,7 +113,28 @@ def test_two_local_processes_train_one_model(tmp_path: Path) -> None:
 
 def test_a_failing_process_stops_the_others(tmp_path: Path) -> None:
     result = local(2, tmp_path, "train", "--data", tmp_path / "missing.jsonl", "--out", tmp_path / "run")
-    assert result.returncode != 0 and "missing.jsonl" in result.stderr
+    assert result.returncode == 2 and "missing.jsonl" in result.stderr
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_reaches_every_process_once_and_each_may_save(tmp_path: Path, sent, status) -> None:
+    trainer = tmp_path / "trainer"
+    trainer.write_text(
+        "#!/bin/bash\n"
+        'save() { trap "touch twice-$MMRM_PROCESS_ID" TERM INT; sleep 0.$((MMRM_PROCESS_ID + 1)); '
+        "touch saved-$MMRM_PROCESS_ID; exit $1; }\n"
+        "trap 'save 75' TERM; trap 'save 130' INT; touch ready-$MMRM_PROCESS_ID\n"
+        "for i in {1..600}; do sleep 0.1; done\n"
+    )
+    trainer.chmod(0o755)
+    launcher = subprocess.Popen(
+        ["bash", LAUNCH / "local.sh", "3", "train"], cwd=tmp_path, env=os.environ | {"MMRM": str(trainer)}
+    )
+    while len(list(tmp_path.glob("ready-*"))) < 3 and launcher.poll() is None:
+        time.sleep(0.01)
+    launcher.send_signal(sent)
+    assert launcher.wait(30) == status
+    assert len(list(tmp_path.glob("saved-*"))) == 3 and not list(tmp_path.glob("twice-*"))
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

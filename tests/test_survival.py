@@ -86,7 +86,7 @@ def saved(out: Path) -> dict[str, np.ndarray]:
 def is_saving(out: Path) -> bool:
     """Whether a checkpoint is being written, or the newest has no manifest yet."""
     folders = {int(f.name.partition(".")[0]): f for f in (out / "checkpoints").glob("[0-9]*")}
-    return bool(folders) and not (folders[max(folders)] / "manifest.json").exists()
+    return bool(folders) and not (folders[max(folders)] / "manifest-0-of-1.json").exists()
 
 
 def wait_for_entries(process: ForkServerProcess, out: Path, count: int) -> None:
@@ -134,6 +134,6 @@ def test_asked_to_stop_it_saves_and_goes_on_from_there(data, whole, tmp_path) ->
         assert f"stopped by {number.name} and saved at step" in message, message
         step = int(message.partition("saved at step ")[2].partition(";")[0])
         assert metrics(out)[-1]["step"] <= step < STEPS
-        assert (out / "checkpoints" / str(step) / "manifest.json").exists()
+        assert (out / "checkpoints" / str(step) / "manifest-0-of-1.json").exists()
     assert finish(start(data, out)) == 0
     same(out, whole)

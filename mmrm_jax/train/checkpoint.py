@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mmrm_jax.config import TrainConfig, differences
 from mmrm_jax.distributed import any_process, is_main
-from mmrm_jax.train.manifest import MANIFEST, damage, read_manifest, write_atomic, write_manifest
+from mmrm_jax.train.manifest import damage, read_manifest, write_atomic, write_manifest
 from mmrm_jax.types import PyTree
 
 Warn = Callable[[str], None]
@@ -47,7 +47,7 @@ def kept_steps(metrics: Mapping[int, float | None], config: TrainConfig) -> set[
 class Checkpoints:
     """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it.
 
-    Once Orbax has put a checkpoint into its place, a thread reads it back and adds a manifest of checksums. Older
+    Once Orbax has put a checkpoint into its place, a thread of each process adds the checksums of its share. Older
     checkpoints are deleted after that, when the next save begins or at `close`: there is always a complete one.
     Every method is to be called by all processes.
     """
@@ -82,7 +82,7 @@ class Checkpoints:
             warn(f"{self.directory}: checkpoint {step} is passed over: {problems[step]}")
         for step in problems:
             if not any_process(read_manifest(self._folder(step)) is not None):
-                warn(f"{self.directory}: checkpoint {step} is used, though it cannot be checked without {MANIFEST}")
+                warn(f"{self.directory}: checkpoint {step} is used, though its checksums are missing")
                 return step
         if problems:
             raise CheckpointError(f"{self.directory} holds no checkpoint that is whole: delete it to begin again")
@@ -120,8 +120,7 @@ class Checkpoints:
 
     def _seal(self, step: int, response: Any, metrics: Mapping[str, float | None]) -> None:
         response.result()
-        if is_main():
-            write_manifest(self._folder(step), metrics)
+        write_manifest(self._folder(step), metrics, part=jax.process_index(), parts=jax.process_count())
 
     def _settle(self) -> None:
         """Wait for the save under way, then delete what need not be kept."""

@@ -5,42 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+_NAME = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
 _THREADS = 4  # hashing leaves Python's lock, and one thread does 1 to 2 GB/s: about as much as a disk gives
 
 
-def write_manifest(folder: Path, metrics: Mapping[str, float | None]) -> None:
-    """Read every file under `folder` once and write `manifest.json`, whole or not at all; `metrics` are kept in it."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+def write_manifest(folder: Path, metrics: Mapping[str, float | None], *, part: int = 0, parts: int = 1) -> None:
+    """Read this process's share of the files under `folder` once and write its manifest, whole or not at all.
+
+    The share follows from the names, so that processes need not agree first. `metrics` are kept in it.
+    """
+    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and not _NAME.match(f.name)}
+    mine = {name: file for name, file in sorted(files.items()) if zlib.crc32(name.encode()) % parts == part}
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = list(pool.map(_checksum, files))
+        sums = list(pool.map(_checksum, mine.values()))
     entries = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, sums, strict=True)
+        name: {"size": file.stat().st_size, "sha256": digest}
+        for (name, file), digest in zip(mine.items(), sums, strict=True)
     }
-    write_atomic(folder / MANIFEST, json.dumps({"metrics": dict(metrics), "files": entries}, indent=1) + "\n")
+    text = json.dumps({"metrics": dict(metrics), "files": entries}, indent=1) + "\n"
+    write_atomic(folder / f"manifest-{part}-of-{parts}.json", text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint; None where it has none that can be read: it was not finished."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in ("metrics", "files"))
-    return found if whole else None
+    """The manifests of all processes together; None where one is missing or cannot be read: it was not finished."""
+    names = [found for file in folder.glob("manifest-*.json") if (found := _NAME.fullmatch(file.name))]
+    parts = int(names[0][2]) if names else 0
+    metrics: dict[str, float | None] = {}
+    files: dict[str, Any] = {}
+    for part in range(parts):
+        try:
+            found = json.loads((folder / f"manifest-{part}-of-{parts}.json").read_text())
+            metrics |= found["metrics"]
+            files |= found["files"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+    return {"metrics": metrics, "files": files} if parts else None
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with the files that the manifest of `folder` names, or None; reads one part of `parts` of them."""
     manifest = read_manifest(folder)
     if manifest is None:
-        return f"it has no {MANIFEST}"
+        return "its checksums are missing"
     mine = sorted(manifest["files"].items())[part::parts]
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(lambda item: _problem(folder / item[0], item[1]), mine)

@@ -16,14 +16,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny_models import MODEL
 
-from mmrm_jax.config import DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, has_libtpu
 from mmrm_jax.plan.costs import train_costs
-from mmrm_jax.plan.estimate import device_bytes, saved_activations
+from mmrm_jax.plan.estimate import device_bytes, estimate_collectives, saved_activations
 from mmrm_jax.plan.hardware import CHIPS, Topology, parse_topology
 from mmrm_jax.plan.hlo import Collective, by_kind, collectives
 from mmrm_jax.plan.run import find_model
-from mmrm_jax.plan.search import Job, candidates, describe, meshes, placed_batch, search
+from mmrm_jax.plan.search import Job, abstract_mesh, candidates, describe, meshes, placed_batch, search
 from mmrm_jax.plan.shapes import DataShape, abstract_batch
 from mmrm_jax.sharding import make_mesh
 from mmrm_jax.tiny import MODEL_DIR
@@ -180,6 +180,56 @@ def test_an_asynchronous_collective_counts_once() -> None:
         Collective("all-reduce", 20, 4, 24),
         Collective("collective-permute", 16, 8, 1),
     }
+
+
+@pytest.mark.parametrize(
+    ("result", "root", "payload"),
+    [
+        ("bf16[8,8]{1,0}", "bf16[2,8]{1,0} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={2,8}", 32),
+        ("(bf16[8,8]{1,0}, bf16[4,8]{1,0})", "(bf16[2,8]{1,0}, bf16[1,8]{1,0}) tuple(%s.1, %s.2)", 48),
+    ],
+    ids=["one", "several"],
+)
+def test_a_slice_of_an_all_reduce_is_a_reduce_scatter(result: str, root: str, payload: int) -> None:
+    text = f"""HloModule step
+
+%scatter (p.0: bf16[8,8]) -> bf16[2,8] {{
+  %p.0 = bf16[8,8]{{1,0}} parameter(0)
+  %r = {result} all-reduce(%p.0), channel_id=2, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  %s.1 = bf16[2,8]{{1,0}} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={{2,8}}
+  %s.2 = bf16[1,8]{{1,0}} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={{1,8}}
+  ROOT %out = {root}
+}}
+
+ENTRY %main (a: bf16[8,8]) -> bf16[2,8] {{
+  %a = bf16[8,8]{{1,0}} parameter(0)
+  ROOT %fusion = bf16[2,8]{{1,0}} fusion(%a), kind=kCustom, calls=%scatter
+}}
+"""
+    assert collectives(text, 4) == [Collective("reduce-scatter", payload, 4, 1)]
+    apart = text.replace(root, "bf16[8,8]{1,0} add(%r, %r)")
+    assert [c.kind for c in collectives(apart, 4)] == ["all-reduce"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_fsdp_gathers_and_scatters(rank: int) -> None:
+    """Everything forward; backward again what lies behind something trained; the proxy sees no image."""
+    config = TrainConfig(batch_size=8, mesh=MeshConfig(1, 8, 1), lora=LoraConfig(rank=rank), micro_batches=1)
+    program = build_program(MODEL, config, 10, abstract_mesh(config.mesh))
+
+    def held(tree) -> float:
+        return device_bytes(tree) / 4
+
+    trained, frozen = program.abstract.params, program.abstract.frozen
+    own = sum(held(branch) for branch in trained.values())
+    passes = 2 * own + held(frozen["vision"])
+    scattered = own + sum(held(branch["decoder"]) for branch in trained.values())
+    if rank:  # both decoders have adapters at the bottom, which only the primary's projector and tower lie below
+        passes += held(frozen["projector"]) + 2 * 2 * held(frozen["decoder"])
+    found = by_kind(estimate_collectives(program, MODEL, config, SHAPE))
+    assert found["all-gather"]["bytes"] == pytest.approx(passes * 8 * 4 * 7 / 8)
+    assert found["reduce-scatter"]["bytes"] == pytest.approx(scattered * 4 * 7)
+    assert "all-reduce" not in found
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,21 @@ class Costs:
 
 
 def vision_products(model: ModelConfig, tiles: int) -> tuple[Product, ...]:
-    """The tower: patches, then the layers up to the selected one. S tokens a tile, class token included."""
+    """The tower: patches, then the layers up to the selected one. S tokens a tile, class token included.
+
+    Attention is split over the tensor axis where the number of heads is even (`models.vision`).
+    """
     v = model.vision
     depth = model.select_layer if model.select_layer >= 0 else v.num_layers + 1 + model.select_layer
     patches = (v.image_size // v.patch_size) ** 2
-    s, head = patches + 1, v.width // v.num_heads
+    s, head, even = patches + 1, v.width // v.num_heads, v.num_heads % 2 == 0
     return (
         Product(tiles * patches, 3 * v.patch_size**2, v.width, tensor=False),
-        Product(tiles * s, v.width, v.width, times=4, layers=depth),
+        Product(tiles * s, v.width, v.width, times=4, layers=depth, tensor=even),
         Product(tiles * s, v.width, v.mlp_width, layers=depth),
         Product(tiles * s, v.mlp_width, v.width, layers=depth, last=True),
-        Product(s, head, s, times=tiles * v.num_heads, layers=depth, weight=False),
-        Product(s, s, head, times=tiles * v.num_heads, layers=depth, weight=False),
+        Product(s, head, s, times=tiles * v.num_heads, layers=depth, weight=False, tensor=even),
+        Product(s, s, head, times=tiles * v.num_heads, layers=depth, weight=False, tensor=even),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from mmrm_jax.config import ModelConfig, TrainConfig
 from mmrm_jax.plan.hlo import Collective
 from mmrm_jax.plan.shapes import DataShape, abstract_batch
 from mmrm_jax.train.program import Program, as_trained
-from mmrm_jax.train.state import abstract_model
+from mmrm_jax.train.state import IMAGE_PARTS, abstract_model
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Batch, PyTree
 
@@ -116,20 +117,44 @@ def estimate_collectives(
     """What fully sharded, tensor-parallel and data-parallel training need at least, in each micro-batch.
 
     fsdp: parameters in the compute dtype gathered for the forward and again for the backward pass, gradients scattered;
-    data: gradients all-reduced; tensor: two all-reduces of a layer's activations forward and two backward.
+    data: gradients all-reduced; tensor: two all-reduces of a layer's activations forward and two backward. Gradients of
+    the decoder come twice, from the prefix and from the responses: the compiler scatters each before it adds them.
     """
     sizes, micro = program.mesh.shape, config.micro_batches
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     fsdp, tensor, data = sizes["fsdp"], sizes["tensor"], sizes["data"]
-    mine = device_bytes(program.abstract.params) / 4  # elements on one device
+    trained = program.abstract.params
     found = []
     if fsdp > 1:
-        found.append(Collective("all-gather", mine * fsdp * itemsize, fsdp, 2 * micro))
-        found.append(Collective("reduce-scatter", mine * itemsize, fsdp, micro))
+        twice = sum(_elements(branch.get("decoder", {})) for branch in trained.values())
+        found.append(Collective("all-gather", _elements(trained) * fsdp * itemsize, fsdp, 2 * micro))
+        found.append(Collective("reduce-scatter", (_elements(trained) + twice) * itemsize, fsdp, micro))
+        for elements, passes in _frozen_uses(program):
+            found.append(Collective("all-gather", elements * fsdp * itemsize, fsdp, passes * micro))
     if data > 1:
-        found.append(Collective("all-reduce", mine * itemsize, data, micro))
+        found.append(Collective("all-reduce", _elements(trained) * itemsize, data, micro))
     if tensor > 1:
         tokens = sum(shape.tokens(v, model) for v in program.views.values())
         payload = tokens * config.batch_size / micro / (data * fsdp) * model.decoder.width * itemsize
         found.append(Collective("all-reduce", payload, tensor, 4 * micro * model.decoder.num_layers))
     return found
+
+
+def _elements(tree: PyTree) -> float:
+    """Elements that one device holds of abstract arrays with shardings."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)))
+
+
+def _frozen_uses(program: Program) -> Iterator[tuple[float, int]]:
+    """For each branch and part that it does not train: elements on one device, and passes through it.
+
+    The backward pass goes through what lies behind something that is trained.
+    """
+    everything = nnx.to_flat_state(program.abstract.frozen)
+    for branch, view in program.views.items():
+        own, below = dict(nnx.to_flat_state(program.abstract.params[branch])), False
+        for part in ("decoder", "score") if view == "absent" else (*IMAGE_PARTS, "decoder", "score"):
+            below = below or any(path[0] == part for path in own)
+            frozen = [x for path, x in everything if path[0] == part and path not in own]
+            if frozen:
+                yield _elements(frozen), 1 + below

@@ -19,6 +19,8 @@ class Chip:
         hbm_bandwidth: Bytes/s between it and the cores.
         link_bandwidth: Bytes/s that a device receives in a ring collective: of a TPU both neighbours on one axis of
             the torus, of a GPU one direction of NVLink. Collectives over several axes of a torus can be faster.
+        usable: Share of the memory that a program gets: of a GPU what XLA_PYTHON_CLIENT_MEM_FRACTION tells JAX to
+            take, which is 0.75 unless it is set; of a TPU all, and its compiler knows better.
     """
 
     name: str
@@ -26,7 +28,15 @@ class Chip:
     hbm: float
     hbm_bandwidth: float
     link_bandwidth: float
+    usable: float = 1.0
 
+    @property
+    def room(self) -> float:
+        """Bytes that a program gets."""
+        return self.hbm * self.usable
+
+
+GPU_SHARE = 0.92  # as launch/slurm.sbatch sets it
 
 # TPUs: "System architecture" on cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e for peak, memory and its bandwidth;
 # the bandwidth of a link, 45 GB/s (v5e) and 90 GB/s (v5p, v6e) in each direction, from "How to Think About TPUs",
@@ -38,8 +48,8 @@ CHIPS: Mapping[str, Chip] = {
         Chip("v5e", 197e12, 16e9, 819e9, 90e9),
         Chip("v5p", 459e12, 95e9, 2765e9, 180e9),
         Chip("v6e", 918e12, 32e9, 1640e9, 180e9),
-        Chip("h100", 989.5e12, 80e9, 3350e9, 450e9),
-        Chip("h200", 989.5e12, 141e9, 4800e9, 450e9),
+        Chip("h100", 989.5e12, 80e9, 3350e9, 450e9, GPU_SHARE),
+        Chip("h200", 989.5e12, 141e9, 4800e9, 450e9, GPU_SHARE),
     )
 }
 

@@ -80,8 +80,11 @@ def collectives(text: str, devices: int) -> list[Collective]:
     for (name, own), (instruction, times) in runs.items():
         channel = re.search(r"channel_id=(\d+)", instruction.text)
         key = (channel[1],) if channel and name in fused else (name, own)
-        kind = instruction.operation.removesuffix("-start")
-        one = Collective(kind, _payload(instruction, kind), _group(instruction.text, devices), times)
+        kind, payload = _kind(instruction), _payload(instruction)
+        if scattered := _scattered(instruction, computations[name]) if name in fused else None:
+            kind, payload = "reduce-scatter", _payload(scattered)
+        assert kind is not None
+        one = Collective(kind, payload, _group(instruction.text, devices), times)
         if key not in found or times < found[key].times:
             found[key] = one
     return list(found.values())
@@ -121,6 +124,16 @@ def _kind(instruction: Instruction) -> str | None:
     return operation if operation in KINDS else None
 
 
+def _scattered(instruction: Instruction, fusion: list[Instruction]) -> Instruction | None:
+    """What a fusion returns if it is slices of an all-reduce: how a TPU writes a reduce-scatter."""
+    operations = {i.name: i.operation for i in fusion}
+    root = next((i for i in fusion if i.root), None)
+    if instruction.operation != "all-reduce" or root is None:
+        return None
+    parts = _operands(root.text) if root.operation == "tuple" else [root.name]
+    return root if all(operations.get(part) == "dynamic-slice" for part in parts) else None
+
+
 def _called(instruction: Instruction) -> Iterator[str]:
     for one, several in _CALLED.findall(instruction.text):
         yield from [one] if one else (name.strip().lstrip("%") for name in several.split(","))
@@ -131,13 +144,13 @@ def _has_collectives(name: str, computations: dict[str, list[Instruction]]) -> b
     return any(_kind(i) is not None or any(_has_collectives(c, computations) for c in _called(i)) for i in body)
 
 
-def _payload(instruction: Instruction, kind: str) -> float:
+def _payload(instruction: Instruction) -> float:
     """Bytes of the result. A -start of an all-gather or a permute returns its operand, too, and flags."""
     result = instruction.result
-    if instruction.operation.endswith("-start") and kind in ("all-gather", "collective-permute"):
+    if instruction.operation in ("all-gather-start", "collective-permute-start"):
         parts = _split(result)
         result = parts[1] if len(parts) > 1 else result
-    return sum(_size(kind, dims) for kind, dims in _ARRAY.findall(result))
+    return sum(_size(dtype, dims) for dtype, dims in _ARRAY.findall(result))
 
 
 def _size(dtype: str, dims: str) -> float:

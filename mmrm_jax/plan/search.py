@@ -179,8 +179,8 @@ def analyse(job: Job, saved: Saved) -> Candidate:
     batch = placed_batch(job, program)
     memory = estimate_memory(program, batch, job.model, config, job.shape, saved)
     row = _timed(job, program, row, memory, estimate_collectives(program, job.model, config, job.shape))
-    if memory.total > chip.hbm:
-        needs = f"needs {memory.total / 1e9:.1f} of {chip.hbm / 1e9:.0f} GB, {memory.temporaries / 1e9:.1f} temporary"
+    if memory.total > chip.room:
+        needs = f"needs {memory.total / 1e9:.1f} of {chip.room / 1e9:.0f} GB, {memory.temporaries / 1e9:.1f} temporary"
         return dataclasses.replace(row, problem=f"by analysis, it {needs}")
     return row
 

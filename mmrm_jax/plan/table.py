@@ -18,6 +18,8 @@ def print_plan(model: str, job: Job, rows: Sequence[Candidate], console: Console
     """Print usable candidates, a sample of the others with their reasons, and the first in detail."""
     chip, config = job.topology.chip, job.config
     how = "" if job.topology.libtpu_name else ", by analysis only"
+    if chip.usable < 1:
+        how = f", of which XLA_PYTHON_CLIENT_MEM_FRACTION={chip.usable:g} gives JAX {chip.room / 1e9:.0f}{how}"
     console.print(
         f"{model}, {config.objective}, {config.batch_size} groups of {job.shape.responses} responses "
         f"on {job.topology.name}: {job.topology.devices} x {chip.name}, {chip.hbm / 1e9:.0f} GB each{how}",
@@ -85,7 +87,7 @@ def _details(row: Candidate, job: Job) -> Table:
     }
     for name, size in memory.items():
         table.add_row(name, f"{size / 1e9:.2f} GB")
-    table.add_row("memory, all", f"{m.total / 1e9:.2f} of {chip.hbm / 1e9:.0f} GB", end_section=True)
+    table.add_row("memory, all", f"{m.total / 1e9:.2f} of {chip.room / 1e9:.0f} GB", end_section=True)
     table.add_row("model FLOPs, all devices", f"{c.model_flops / 1e12:.0f} TFLOP")
     table.add_row("FLOPs", f"{c.device_flops / 1e12:.1f} TFLOP")
     table.add_row("memory traffic", f"{c.device_bytes / 1e9:.0f} GB")

@@ -15,7 +15,7 @@ from mmrm_jax.train.program import Program
 
 MISSING = (
     "libtpu is not installed, so nothing is compiled and the table is an analysis: "
-    'pip install "mmrm-jax[plan]" compiles the train step for TPUs on any Linux machine'
+    'with the extra `plan` (pip install ".[plan]") the train step is compiled for TPUs on any Linux machine'
 )
 
 

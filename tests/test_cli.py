@@ -200,6 +200,15 @@ def test_a_command_that_never_began_does_not_hold_its_directory(capsys, tmp_path
     assert status == 2 and "typo.jsonl" in text and not out.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "matrix"])
+def test_a_set_up_that_failed_does_not_hold_its_directory(capsys, tmp_path, command):
+    file, out = write_pairs(tmp_path, "a", 4), tmp_path / "o"
+    data, prefix = (("--data", file), "") if command == "train" else (("--env", f"A={file},{file}"), "train.")
+    for parts, message in ((("visoin",), "visoin"), (("vision", "projector", "decoder", "score"), "nothing to train")):
+        status, text = run(capsys, command, *data, "--out", out, f"--{prefix}freeze", *parts)
+        assert status == 2 and message in text and not (out / "config.json").exists(), text
+
+
 def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model": null}')
     status, text = run(capsys, "evaluate", "--run", tmp_path, "--data", "d.jsonl")

@@ -111,6 +111,8 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
     check_config(config.out, resolved, ignore=FREE)
     data = load_data(config, sources, checkpoint, console)
+    for objective in trained_objectives(config.objectives):  # whose set-up may fail too
+        build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), 1)
     write_config(config.out, resolved)
     console.print(describe_data([*data.train.values(), *data.test.values()], data.buckets))
     if data.quarantined:

@@ -45,18 +45,22 @@ from mmrm_jax.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run is trained on: the checkpoint it starts from, its data and the held-out part, encoded."""
+    """What a run is trained on: the checkpoint it starts from, its data and the held-out part, encoded.
+
+    `settings` is what its `config.json` is to hold.
+    """
 
     checkpoint: Checkpoint
     train: EncodedSource
     validation: EncodedSource | None
     buckets: Buckets
+    settings: dict[str, Any]
 
 
 def open_run(
     config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
 ) -> Opened:
-    """Open the model and the data of a run; report what cannot be used; write the run's configuration to `out`.
+    """Open the model and the data of a run; report what cannot be used.
 
     Raises CheckpointError where `out` holds a run of another configuration.
     """
@@ -77,15 +81,16 @@ def open_run(
     if held_out is not None:
         validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
         quarantined += bad
-    write_config(out, resolved | {"total_steps": training_steps(config, len(data))})
     if quarantined:
         console.print(summarise_quarantine(quarantined))
     if is_main():
+        out.mkdir(parents=True, exist_ok=True)
         write_quarantine(out / "quarantine.jsonl", quarantined)
     sets = [data] if validation is None else [data, validation]
     buckets = buckets_for(sets, config.data.buckets)
     console.print(describe_data(sets, buckets))
-    return Opened(checkpoint, data, validation, buckets)
+    settings = resolved | {"total_steps": training_steps(config, len(data))}
+    return Opened(checkpoint, data, validation, buckets, settings)
 
 
 def train_run(
@@ -110,6 +115,7 @@ def train_run(
         clear_quarantine(unreadable)  # of a run that begins again
     else:
         console.print(f"going on from step {int(state.step)}")
+    write_config(out, run.settings)
     stream = training_batches(
         run.train, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
     )

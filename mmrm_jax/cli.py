@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
+from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
     EvaluateArgs,
     ExportArgs,
@@ -26,6 +28,7 @@ from mmrm_jax.cli_args import (
     TrainArgs,
 )
 from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
+from mmrm_jax.signals import heard, leave
 
 C = TypeVar("C")
 
@@ -172,19 +175,41 @@ SEVERAL = ("train", "evaluate")  # commands that several processes can run toget
 def main() -> None:
     """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2.
 
-    `mmrm train` that was stopped by SIGTERM has saved and exits with 75, by Ctrl-C with 130 (see `train.preemption`).
+    Ctrl-C ends a command at once with 130. `mmrm train` saves first (see `train.preemption`), and after SIGTERM exits
+    with 75.
     """
     argv = sys.argv[1:]
+
+    def interrupted(_: signal.Signals) -> None:
+        goes_on = argv[0] in ("train", "matrix", "quickstart")
+        print("\nmmrm: interrupted" + ("; give the same command again to go on" * goes_on), file=sys.stderr)
+        leave(128 + signal.SIGINT)
+
+    try:
+        with heard((signal.SIGINT,), interrupted):
+            run(argv)
+    except SystemExit as stop:
+        if stop.code in (75, 130):
+            leave(stop.code)
+        raise
+
+
+def run(argv: Sequence[str]) -> None:
+    """`main`, but for Ctrl-C: raises SystemExit where there is an error, or where a signal stopped it."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
         print("\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
-        print("\nmmrm COMMAND --help explains its options. MMRM_TRACEBACK=1 shows where an error came from.")
+        print("\nmmrm COMMAND --help explains its options; mmrm --version says which version this is.")
+        print("MMRM_TRACEBACK=1 shows where an error came from.")
+        return
+    if argv[0] == "--version":
+        print(f"mmrm {__version__}")
         return
     if argv[0] not in COMMANDS:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from mmrm_jax import distributed
-    from mmrm_jax.train.preemption import INTERRUPTED, Preempted
+    from mmrm_jax.train.preemption import Preempted
 
     try:
         if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
@@ -198,9 +223,6 @@ def main() -> None:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        goes_on = argv[0] in ("train", "matrix", "quickstart")
-        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""), INTERRUPTED)
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -207,7 +207,7 @@ def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] 
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    """Write `config.json`, once data and model have turned out to be usable: before that there is no run to hold on to."""
+    """Write `config.json`, once data and model have turned out usable: before that there is no run to hold on to."""
     if is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / "config.json", json.dumps(config, indent=2) + "\n")

@@ -85,7 +85,7 @@ class EvaluateArgs:
     What could not be used is written to quarantine-NAME.jsonl in the run directory.
 
     Attributes:
-        run: Run directory of `mmrm train`.
+        run: Run directory of `mmrm train`, or a cell of `mmrm matrix` or `mmrm quickstart`: OUT/cells/NAME.
         data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
@@ -172,7 +172,7 @@ class ExportArgs:
     text as its base did. A run that is unfinished is written as it is, and said so.
 
     Attributes:
-        run: Run directory of `mmrm train`.
+        run: Run directory of `mmrm train`, or a cell of `mmrm matrix` or `mmrm quickstart`: OUT/cells/NAME.
         out: New folder.
         layout: same as that of the checkpoint the run started from; chat is InternVL's own, which the paper's code
             loads; native is that of transformers' InternVLForConditionalGeneration.

@@ -89,7 +89,14 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     train = ["train", "--data", file, "--out", out, "--steps", 3, *options]
     status, text = run(capsys, *train, "--json", tmp_path / "train.json")
     assert status == 0 and "score" in text, text
+    held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation/n"]
+    text = " ".join(text.split())
+    assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once" in text
+    assert f"held out, n = {held_out}" in text and "training, last 1 steps" in text, text
+    assert "accuracy of the text-only proxy" in text and "/accuracy" not in text
+    assert "hardly learns at a learning rate of 1e-05" in text and "--optimizer.learning-rate 0.001" in text
     result = json.loads((tmp_path / "train.json").read_text())
+    assert held_out > 0 and f"validation {100 * result['final']['validation/accuracy']:.1f} % (n = {held_out})" in text
     assert result["steps"] == 3 and 0 <= result["final"]["validation/accuracy"] <= 1
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -143,7 +150,21 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 0 and {p: p.stat().st_mtime_ns for p in finished} == finished
     assert json.loads(result.read_text())["rows"] == rows
     status, text = run(capsys, *arguments, "--train.optimizer.learning-rate", "0.5")
-    assert status == 2 and "learning_rate" in text
+    assert status == 2 and "learning_rate" in text and "hardly learns" not in text
+
+    # Every cell is a run: what the matrix measured is what `mmrm evaluate` measures, and it can be exported.
+    cell, found = out / "cells" / "shortcut_aware-a-0", tmp_path / "evaluated.json"
+    status, text = run(capsys, "evaluate", "--run", cell, "--data", files["ta"], "--json", found)
+    assert status == 0, text
+    (row,) = (r for r in rows if (r["objective"], r["train"], r["test"]) == ("shortcut_aware", "a", "ta"))
+    evaluated = json.loads(found.read_text())
+    assert evaluated["finished"] and evaluated["row"]["n"] == 16
+    for name in ("accuracy", "mean_margin", "mean_reward", "sfc_mean"):
+        assert evaluated["row"][name] == pytest.approx(row[name], abs=1e-5), name
+    status, text = run(capsys, "export", "--run", cell, "--out", tmp_path / "exported")
+    assert status == 0 and (tmp_path / "exported" / "model.safetensors").exists(), text
+    status, text = run(capsys, "evaluate", "--run", out, "--data", files["ta"])
+    assert status == 2 and f"{out} holds a matrix of 4 runs; name one: {out / 'cells'}" in text.replace("\n", ""), text
 
 
 def test_sets_that_share_a_name_are_told_apart():

@@ -57,6 +57,11 @@ def set_names(sets: Sequence[tuple[Environment, str]]) -> dict[str, str]:
     return names
 
 
+def train_names(config: MatrixConfig) -> dict[str, str]:
+    """What each training set (its specification) is called."""
+    return set_names([(env, env.train) for env in config.environments if env.train is not None])
+
+
 def _without_holdout(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=0.0))
 
@@ -68,7 +73,7 @@ def open_data(config: MatrixConfig) -> Sources:
     test_sets: dict[str, GroupSource] = {}
     iid: dict[str, str] = {}
     tested = {env: env.test if config.on == "test" else env.validation or env.train for env in config.environments}
-    train_names = set_names([(env, env.train) for env in config.environments if env.train is not None])
+    names = train_names(config)
     test_names = set_names([(env, spec) for env, spec in tested.items() if spec is not None])
     for env, spec in tested.items():
         if spec is None:  # a test set alone, and on "validation"
@@ -78,8 +83,8 @@ def open_data(config: MatrixConfig) -> Sources:
             settings = config.train if env.validation is None else _without_holdout(config.train)
             source, held_out, bad = training_sources(env.train, config.root, config.image_root, settings)
             quarantined += bad
-            train_sets[train_names[env.train]] = source
-            iid[train_names[env.train]] = test_names[spec]
+            train_sets[names[env.train]] = source
+            iid[names[env.train]] = test_names[spec]
         if test_names[spec] in test_sets:
             continue
         if config.on == "test" or env.validation is not None:

@@ -20,8 +20,9 @@ from mmrm_jax.distributed import is_main
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.saved_run import read_run
+from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import percent
-from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.preemption import handled
@@ -102,6 +103,8 @@ def train_run(
     CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
     """
     run = open_run(config, spec, out, model, image_root, console)
+    if model is None and (note := rate_note(config.optimizer.learning_rate, "--optimizer.learning-rate")):
+        console.print(note, style="yellow")
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
     unreadable = out / "unreadable.jsonl"
@@ -134,7 +137,7 @@ def train_run(
             strict=config.strict,
         )
         row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
-        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
+        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float) or k == "n"}
 
     with (
         handled(program.mesh) as stop,
@@ -154,8 +157,8 @@ def train_run(
             describe=run.train.describe,
         )
     final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
-    for name in sorted(k for k in final if "accuracy" in k):
-        console.print(f"{name}: {100 * final[name]:.1f} %")
+    if result.history:
+        console.print(training_table(program.objective, result.history))
     found = merge_quarantine(unreadable)
     if found:
         console.print(f"unreadable while running, left out:\n{summarise_quarantine(found)}")
@@ -247,7 +250,8 @@ def _stem(spec: str) -> str:
 
 def _print(row: dict[str, Any], console: Console) -> None:
     low, high = percent(row["accuracy_low"]), percent(row["accuracy_high"])
-    console.print(f"accuracy {percent(row['accuracy'])} % (95 % interval {low} to {high}), n = {row['n']}")
+    bounds = "" if row["accuracy_low"] is None else f" (95 % interval {low} to {high})"
+    console.print(f"accuracy {percent(row['accuracy'])} %{bounds}, n = {row['n']}")
     if row["n_shortcut_right"] is None:
         console.print("SFD needs the text-only proxy of shortcut_aware training; this run has none")
     elif row["sfd"] is None:

@@ -168,8 +168,12 @@ def training_batches(
 
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
-    """How much there is, and how many compilations it can take."""
-    return f"{sum(map(len, sets))} groups in {len(sets)} set(s), at most {buckets.count} batch shapes"
+    """How much there is, and how many compilations it can take: one for each size that batches are padded to."""
+    found = f"{sum(map(len, sets))} groups in {len(sets)} set{'s' if len(sets) > 1 else ''}"
+    sizes = "one size, and each step is compiled once"
+    if buckets.count > 1:
+        sizes = f"at most {buckets.count} sizes, and each step is compiled once for each"
+    return f"{found}; batches are padded to {sizes}"
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:

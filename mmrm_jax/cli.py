@@ -22,8 +22,10 @@ from mmrm_jax.cli_args import (
     ExportArgs,
     InspectArgs,
     MatrixArgs,
+    MatrixRun,
     PrepareArgs,
     QuickstartArgs,
+    QuickstartRun,
     ScoreArgs,
     TrainArgs,
 )
@@ -39,10 +41,9 @@ def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.matrix import check_matrix, run_matrix
     from mmrm_jax.eval.publish import publish
 
-    args = _parse("quickstart", QuickstartArgs, argv, QuickstartArgs(shapes.CONFIG))
-    config = args.config
-    if args.steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+    default = QuickstartArgs(_with_runs(shapes.CONFIG, QuickstartRun), shapes.CONFIG.train.steps)
+    args = _parse("quickstart", QuickstartArgs, argv, default)
+    config = _with_runs(args.config, TrainConfig, steps=args.steps)
     if config.root != shapes.CONFIG.root or config.image_root is not None or config.environments:
         raise ValueError(
             "mmrm quickstart renders its own data: --root, --image-root and environments are mmrm matrix's"
@@ -59,8 +60,8 @@ def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.publish import publish
 
     default, rest = _config_file(argv, MatrixConfig)
-    args = _parse("matrix", MatrixArgs, rest, MatrixArgs(default or MatrixConfig()))
-    config = args.config
+    args = _parse("matrix", MatrixArgs, rest, MatrixArgs(_with_runs(default or MatrixConfig(), MatrixRun)))
+    config = _with_runs(args.config, TrainConfig)
     if args.env:
         config = dataclasses.replace(config, environments=tuple(map(_environment, args.env)))
     if not config.environments:
@@ -248,6 +249,11 @@ def _parse(
         return tyro.cli(cls, prog=prog, args=list(argv))
     missing = {name: tyro.MISSING for name in required}
     return tyro.cli(cls, prog=prog, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
+
+
+def _with_runs(config: MatrixConfig, cls: type[TrainConfig], **changes: Any) -> MatrixConfig:
+    """With the settings of its runs in a class that has the same fields, and hides some of them or none."""
+    return dataclasses.replace(config, train=cls(**vars(config.train) | changes))
 
 
 def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[str]]:

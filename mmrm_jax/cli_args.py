@@ -12,6 +12,21 @@ from mmrm_jax.config import MatrixConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class MatrixRun(TrainConfig):
+    """Settings of every run, but for what the matrix itself says: what is compared, and when a run is tested."""
+
+    objective: Annotated[str, tyro.conf.Suppress] = TrainConfig.objective
+    eval_every: Annotated[int | None, tyro.conf.Suppress] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartRun(MatrixRun):
+    """Settings of every run, but for what the matrix itself says, and `--steps`."""
+
+    steps: Annotated[int | None, tyro.conf.Suppress] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class QuickstartArgs:
     """Train text-only, standard and shortcut-aware reward models on the shapes world, and compare them.
 
@@ -21,13 +36,14 @@ class QuickstartArgs:
 
     Attributes:
         config: Settings; the defaults are those of the numbers in the README.
-        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect.
+        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect. None trains for
+            `train.epochs` passes over the data.
         data: Where the rendered data set is kept; None puts it into the run directory.
         json: Also write the results to this file.
     """
 
     config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
-    steps: int | None = None
+    steps: int | None
     data: Path | None = None
     json: Path | None = None
 

@@ -32,6 +32,17 @@ def test_help_and_unknown_commands(capsys):
     assert status == 2 and "did you mean 'matrix'" in text
 
 
+def test_help_lists_what_is_read_and_explains_it(capsys):
+    for command, hidden in (
+        ("matrix", ("objective", "eval-every")),
+        ("quickstart", ("objective", "eval-every", "steps")),
+    ):
+        status, text = run(capsys, command, "--help")
+        assert status == 0 and not [name for name in hidden if f"--train.{name} " in text]
+        assert "--train.batch-size INT" in text and "Decay of the mean of gradients" in text
+    assert "(default: 500)" in text and "Settings of every run" in text
+
+
 def test_an_unknown_option_suggests_the_nearest(capsys):
     status, text = run(capsys, "matrix", "--train.batchsize", "3")
     assert status == 2 and "--train.batch-size" in text
@@ -181,7 +192,7 @@ def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
     status, text = run(capsys, "quickstart", "--root", "x", "--out", tmp_path / "o")
     assert status == 2 and "renders its own data" in text
     status, text = run(capsys, "matrix", "--train.objective", "standard")
-    assert status == 2 and "MatrixConfig.objectives says" in text
+    assert status == 2 and "Unrecognized options: --train.objective" in text
     status, text = run(capsys, "matrix", "--jobs", 0)
     assert status == 2 and "MatrixConfig.jobs is 0" in text
     status, text = run(capsys, "quickstart", "--objectives", "standrd", "--out", tmp_path / "o")

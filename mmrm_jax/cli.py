@@ -190,7 +190,9 @@ def main() -> None:
         with heard((signal.SIGINT,), interrupted):
             run(argv)
     except SystemExit as stop:
-        if stop.code in (75, 130):
+        from mmrm_jax.train.preemption import INTERRUPTED, PREEMPTED
+
+        if stop.code in (PREEMPTED, INTERRUPTED):
             leave(stop.code)
         raise
 

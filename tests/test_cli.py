@@ -105,7 +105,7 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once" in text
     assert f"held out, n = {held_out}" in text and "training, last 1 steps" in text, text
     assert "accuracy of the text-only proxy" in text and "/accuracy" not in text
-    assert "hardly learns at a learning rate of 1e-05" in text and "--optimizer.learning-rate 0.001" in text
+    assert "a learning rate of 1e-05 hardly trains the tiny model" in text and "--optimizer.learning-rate 0.001" in text
     result = json.loads((tmp_path / "train.json").read_text())
     assert held_out > 0 and f"validation {100 * result['final']['validation/accuracy']:.1f} % (n = {held_out})" in text
     assert result["steps"] == 3 and 0 <= result["final"]["validation/accuracy"] <= 1
@@ -161,7 +161,7 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 0 and {p: p.stat().st_mtime_ns for p in finished} == finished
     assert json.loads(result.read_text())["rows"] == rows
     status, text = run(capsys, *arguments, "--train.optimizer.learning-rate", "0.5")
-    assert status == 2 and "learning_rate" in text and "hardly learns" not in text
+    assert status == 2 and "learning_rate" in text and "hardly trains" not in text
 
     # Every cell is a run: what the matrix measured is what `mmrm evaluate` measures, and it can be exported.
     cell, found = out / "cells" / "shortcut_aware-a-0", tmp_path / "evaluated.json"

@@ -12,7 +12,5 @@ def rate_note(rate: float, option: str) -> str | None:
     """A line to print where the tiny model is trained at a rate below `LEAST_RATE`; `option` sets it."""
     if rate >= LEAST_RATE:
         return None
-    return (
-        f"the tiny model in the package hardly learns at a learning rate of {rate:g}, which suits checkpoints of "
-        f"billions of parameters: its settings were chosen with {option} {LEARNING_RATE:g}"
-    )
+    chosen = f"{option} {LEARNING_RATE:g}"
+    return f"a learning rate of {rate:g} hardly trains the tiny model in the package; its settings were chosen with {chosen}"

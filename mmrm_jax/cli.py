@@ -106,7 +106,10 @@ def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
     args = _parse("inspect", InspectArgs, argv)
     found = inspect_checkpoint(args.path)
     print_description(found, console)
-    return _written(args.json, found)
+    _written(args.json, found)
+    if found["problems"]:
+        raise ValueError(f"{args.path} cannot be used as it is: {len(found['problems'])} problem(s), listed above")
+    return found
 
 
 def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -125,7 +128,10 @@ def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
         draw_score=args.draw_score,
         console=console,
     )
-    return _written(args.json, summary)
+    _written(args.json, summary)
+    if not summary["scores"]:
+        raise ValueError(f"nothing in {args.data} could be scored; {args.out} says why, response by response")
+    return summary
 
 
 def export(argv: Sequence[str], console: Console) -> dict[str, Any]:

@@ -124,6 +124,8 @@ class PrepareArgs:
 class InspectArgs:
     """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
 
+    Where something keeps the folder from being used, the exit status is 2.
+
     Attributes:
         path: Checkpoint folder: InternVL's own layout, or that of transformers' InternVLForConditionalGeneration.
         json: Also write the description to this file.
@@ -137,14 +139,16 @@ class InspectArgs:
 class ScoreArgs:
     """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
 
-    Every response of a row is scored, whatever is compared. A row or response that cannot be used gives a line with
-    "error" in its place. A run of `mmrm train` is scored once
-    `mmrm export` has made a checkpoint folder of it.
+    Every response of a row is scored, whatever is compared. One that cannot be scored has its line in place all the
+    same, with id, prompt, img_path and response as far as they are known, and "error" instead of "score". A row whose
+    responses cannot be told, such as broken JSON, gives one line with "file", "row" and "error". Where nothing at all
+    could be scored the exit status is 2. A run of `mmrm train` is scored once `mmrm export` has made a checkpoint
+    folder of it.
 
     Attributes:
         model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
         data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
-        out: File of {"id", "prompt", "img_path", "response", "score"} lines.
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score".
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Rows a step; rounded up to a multiple of the devices.

@@ -25,7 +25,7 @@ from mmrm_jax.eval.companions import chat_template, companion_files
 from mmrm_jax.eval.evaluate import evaluate
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.eval.saved_run import read_run
-from mmrm_jax.eval.score import Scored, write_lines
+from mmrm_jax.eval.score import Scored, finish, write_lines
 from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
@@ -164,12 +164,15 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
     data.write_text("\n".join([*rows[:5], json.dumps(broken), "{cut", json.dumps(one), *rows[5:]]) + "\n")
     out = tmp_path / "scores.jsonl"
     status, text = run(capsys, "score", "--model", model, "--data", data, "--out", out, "--batch-size", 8)
-    assert status == 0 and "25 scores of 13 rows" in text and "2 quarantined" in text
+    assert status == 0 and "25 scores of 13 rows" in text and "3 without a score" in text
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     errors = {i: line["error"] for i, line in enumerate(lines) if "error" in line}
-    assert list(errors) == [10, 11] and "broken.png" in errors[10] and "broken JSON line" in errors[11]
-    assert lines[10]["id"] == "broken" and lines[12]["response"] == "It is red."
-    assert [lines[i]["img_path"] for i in (0, 12)] == ["images/pairs-0.png"] * 2
+    assert list(errors) == [10, 11, 12] and "broken.png" in errors[10] and "broken JSON line" in errors[12]
+    chosen, rejected = ({k: v for k, v in line.items() if k != "error"} for line in lines[10:12])
+    assert chosen == {k: broken[k] for k in ("id", "prompt", "img_path")} | {"response": broken["chosen"]}
+    assert rejected["response"] == broken["rejected"] and lines[13]["response"] == "It is red."
+    assert lines[12].keys() == {"file", "row", "error"} and (lines[12]["file"], lines[12]["row"]) == (str(data), 7)
+    assert [lines[i]["img_path"] for i in (0, 13)] == ["images/pairs-0.png"] * 2
     scored = [line["score"] for line in lines if "score" in line]
     pairs = scored[:10] + scored[11:]
     saved = read_run(trained / "run")
@@ -308,17 +311,19 @@ def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
     score = ("score", "--model", MODEL_DIR, "--draw-score", 3, "--out", out, "--batch-size", 3, "--data")
     data.write_text("\n".join(map(json.dumps, rows)) + '\n{"\\ud800": 1}')
     status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
-    assert status == 0 and "3 scores of 2 rows" in text and "3 quarantined" in text
+    assert status == 0 and "3 scores of 2 rows" in text and "3 without a score" in text
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["id"], line.get("response"), "error" in line) for line in lines] == [
-        *(("v", "a", False), ("v", "b", False), ("v", None, True), ("cut", None, True), ("7", "c", False)),
+        *(("v", "a", False), ("v", "b", False), ("v", "", True), ("cut", "a", True), ("7", "c", False)),
         ("every-4", None, True),
     ]
     assert [line["img_path"] for line in lines if "score" in line] == ["./images/pairs-0.png"] * 2 + [None]
     assert json.loads((tmp_path / "summary.json").read_text())["errors"] == 3
     data.write_text(json.dumps(bad | {"img_path": "pairs.jsonl"}) + "\n{")
-    assert run(capsys, *score, data)[0] == 0
+    status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
+    assert status == 2 and f"nothing in {data} could be scored; {out} says why" in text
     assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == [True, True]
+    assert json.loads((tmp_path / "summary.json").read_text())["scores"] == 0
     for extra, reason in (
         (("--batch-size", 0), "--batch-size is 0; it must be at least 1"),
         (("--buckets", 0), "--buckets is 0"),
@@ -331,10 +336,10 @@ def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
 
 def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     group = Group("a", "p", ("x", "y"), (), None, "e", "f.jsonl", 4)
-    assert write_lines(tmp_path / "s", [Scored(group, np.asarray([np.nan, 1.0]))])[:2] == (1, 1)
-    good, bad = map(json.loads, (tmp_path / "s").read_text().splitlines())
-    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["row"]) == ("a", 4)
-    assert "that of response 0 is nan" in bad["error"]
+    assert write_lines(tmp_path / "s", [finish(Scored(group, np.asarray([np.nan, 1.0])), None)])[:2] == (1, 1)
+    bad, good = map(json.loads, (tmp_path / "s").read_text().splitlines())
+    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["response"]) == ("a", "x")
+    assert "the model gives nan" in bad["error"]
 
 
 def test_a_model_without_a_score_head_is_scored_only_on_demand(capsys, trained, tmp_path):
@@ -373,6 +378,9 @@ def test_inspect_names_what_is_missing(capsys, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     problems = "\n".join(inspect_checkpoint(folder)["problems"])
     assert "missing: mlp1.1.bias" in problems and "unknown: extra" in problems and "tokenizer.json" in problems
+    status, text = run(capsys, "inspect", folder, "--json", tmp_path / "d.json")
+    assert status == 2 and "missing: mlp1.1.bias" in text and f"{folder} cannot be used as it is" in text
+    assert json.loads((tmp_path / "d.json").read_text())["problems"]
     (folder / "config.json").unlink()
     status, text = run(capsys, "inspect", folder)
     assert status == 2 and "config.json does not exist" in text

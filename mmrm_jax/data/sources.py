@@ -70,13 +70,11 @@ def open_source(
     *,
     image_root: str | Path | None = None,
     environment: str | None = None,
-    comparisons: bool = True,
 ) -> tuple[GroupSource, list[Quarantined]]:
     """Open a preference file, or one split of a directory that `mmrm prepare` or a builder wrote.
 
-    `split` may be left out where the data set has only one; `image_root`, `environment` and `comparisons` (as in
-    `read_groups`) apply to files alone. The quarantined rows are those of this reading: a prepared data set has none
-    left, its own are in `quarantine.jsonl`.
+    `split` may be left out where the data set has only one; `image_root` and `environment` apply to files alone. The
+    quarantined rows are those of this reading: a prepared data set has none left, its own are in `quarantine.jsonl`.
     Raises DataError naming what is missing.
     """
     path = Path(path)
@@ -86,7 +84,7 @@ def open_source(
         return _open_prepared(path, split), []
     if split is not None:
         raise DataError(f"{path} is no directory: split {split!r} applies to prepared data sets only")
-    groups, quarantined = read_groups(path, image_root=image_root, environment=environment, comparisons=comparisons)
+    groups, quarantined = read_groups(path, image_root=image_root, environment=environment)
     return MemorySource(tuple(groups)), quarantined
 
 
@@ -158,7 +156,8 @@ def group_identity(group: Group, known: dict[Path, str]) -> str:
         try:
             known[group.image] = "image:" + _digest(group.image.read_bytes())
         except OSError as error:
-            raise DataError(f"{group.file} row {group.row}: image {group.image} cannot be read: {error}") from error
+            reason = f"image {group.image} cannot be read: {error.strerror or error}"
+            raise DataError(f"{group.file} row {group.row}: {reason}") from error
     return known[group.image]
 
 

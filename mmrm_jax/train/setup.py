@@ -110,14 +110,12 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
     return load_params(checkpoint.path, checkpoint.config, like)
 
 
-def open_spec(
-    spec: str, root: Path, image_root: Path | None, *, comparisons: bool = True
-) -> tuple[GroupSource, list[Quarantined]]:
-    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`; `comparisons` as in `read_groups`."""
+def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
     folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
     if colon:
         return open_source(root / Path(spec).parent / folder, split or None)
-    return open_source(root / spec, image_root=image_root, comparisons=comparisons)
+    return open_source(root / spec, image_root=image_root)
 
 
 def training_sources(

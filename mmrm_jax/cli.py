@@ -94,6 +94,9 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if result.quarantined:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
+    split = result.reports[0].split
+    train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
+    console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
     return _written(
         args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
     )
@@ -203,10 +206,17 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
-        _fail(str(error) or type(error).__name__)
+        _fail(_message(error))
     except KeyboardInterrupt:
         goes_on = argv[0] in ("train", "matrix", "quickstart")
         _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""), INTERRUPTED)
+
+
+def _message(error: Exception) -> str:
+    """What an error says, in plain words where it is the system's own: "runs/one: Permission denied"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, status: int = 2) -> None:

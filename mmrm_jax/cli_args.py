@@ -43,7 +43,8 @@ class MatrixArgs:
 
     Attributes:
         config: Settings.
-        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's. NAME
+            is what tables call its sets.
         json: Also write the results to this file.
     """
 
@@ -106,14 +107,15 @@ class PrepareArgs:
     Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
 
     Attributes:
-        files: Preference files: the authors' pairwise JSONL, or VLFeedback.
+        files: Preference files: the authors' pairwise JSONL, or VLFeedback. A split is named after its file; SPLIT=FILE
+            gives it another name.
         out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
         image_root: Folder that image paths are relative to; None takes each file's own.
         strict: Stop at the first bad row.
         json: Also write the results to this file.
     """
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[str, ...], tyro.conf.Positional]
     out: Path
     image_root: Path | None = None
     strict: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import jax
@@ -273,12 +275,51 @@ def test_a_chat_template_spells_its_conversation(name):
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A “pear”\n."}]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(chat_template(TEMPLATES[name]))
+    template = environment.from_string(chat_template(TEMPLATES[name], "<IMG_CONTEXT>"))
     image = "<img><IMG_CONTEXT></img>"
     rendered = template.render(messages=messages).replace("<IMG_CONTEXT>", image)
     assert rendered == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "A “pear”\n."))
     asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
     assert asked.rstrip() == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "")).rstrip()
+
+
+def test_the_chat_layout_has_the_files_that_others_read(capsys, trained, tmp_path):
+    out = tmp_path / "out"
+    assert run(capsys, "export", "--run", trained / "run", "--out", out)[0] == 0
+    images = json.loads((out / "preprocessor_config.json").read_text())
+    want = {"size": 32, "crop_size": 32, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    assert images.items() >= (want | {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}).items()
+    template = ImmutableSandboxedEnvironment().from_string((out / "chat_template.jinja").read_text())
+    asked = template.render(messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
+    assert asked == spell(TEMPLATES["chatml-plain"].pieces("<image>\n?", 0, "", "r")).partition("<|im_end|>")[0]
+    # What the base has of its own is kept, and stands for what would be made.
+    base = tmp_path / "base"
+    shutil.copytree(MODEL_DIR, base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (base / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    found = companion_files(open_checkpoint(base), {}, same=True, layout="chat")
+    assert found == {"preprocessor_config.json": b'{"image_mean": [0.5, 0.5, 0.5]}'}
+
+
+def test_weights_are_as_readable_as_any_file(capsys, trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run(capsys, "export", "--run", trained / "run", "--out", tmp_path / "out")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {
+        name: stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in ("model.safetensors", "config.json")
+    }
+    assert modes == {"model.safetensors": 0o640, "config.json": 0o640}
+
+
+def test_a_run_is_no_model_and_says_how_it_becomes_one(capsys, trained, tmp_path):
+    run_dir, data = trained / "run", ("--data", trained / "pairs.jsonl", "--out", tmp_path / "o")
+    for command in (("score", "--model", run_dir, *data), ("train", "--model", run_dir, *data), ("inspect", run_dir)):
+        status, text = run(capsys, *command)
+        assert status == 2 and f"{run_dir} is a run directory of mmrm train, no checkpoint folder" in text
+        assert f"mmrm export --run {run_dir} --out FOLDER" in text
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path):
@@ -290,7 +331,11 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     link = folder / "generation_config.json"
     link.symlink_to("../../blobs/0")
     checkpoint = open_checkpoint(folder)
-    assert companion_files(checkpoint, {}, same=True, layout="chat") == {"generation_config.json": b"{}"}
+    files = companion_files(checkpoint, {}, same=True, layout="chat")
+    assert files.pop("generation_config.json") == b"{}" and files.keys() == {
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    }
     link.unlink()
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     for name in ("generation_config.json", "special_tokens_map.json"):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrm_jax.data.folder import why
 from mmrm_jax.data.formats import Origin, RowError, identity, parse_row
 from mmrm_jax.types import Group, Quarantined
 
@@ -159,4 +160,4 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {why(error)}") from error

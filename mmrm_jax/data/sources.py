@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmrm_jax.data.folder import why
 from mmrm_jax.data.records import DataError, read_groups
 from mmrm_jax.types import Group, Quarantined
 
@@ -134,7 +135,7 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(identities)}
     order = sorted(draws, key=lambda identity: draws[identity])
     if fraction > 0 and len(order) < 2:
-        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set the fraction to 0")
+        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
     drawn = sum(draw < fraction for draw in draws.values())
     count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
     held_out = set(order[:count])
@@ -156,7 +157,7 @@ def group_identity(group: Group, known: dict[Path, str]) -> str:
         try:
             known[group.image] = "image:" + _digest(group.image.read_bytes())
         except OSError as error:
-            reason = f"image {group.image} cannot be read: {error.strerror or error}"
+            reason = f"image {group.image} cannot be read: {why(error)}"
             raise DataError(f"{group.file} row {group.row}: {reason}") from error
     return known[group.image]
 

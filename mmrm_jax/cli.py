@@ -94,9 +94,9 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if result.quarantined:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
-    split = result.reports[0].split
-    train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
-    console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
+    for split in [r.split for r in result.reports if r.comparisons][:1]:
+        train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
+        console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
     return _written(
         args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
     )

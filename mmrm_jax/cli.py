@@ -98,6 +98,9 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if result.quarantined:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
+    for split in [r.split for r in result.reports if r.comparisons][:1]:
+        train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
+        console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
     return _written(
         args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
     )
@@ -110,7 +113,10 @@ def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
     args = _parse("inspect", InspectArgs, argv)
     found = inspect_checkpoint(args.path)
     print_description(found, console)
-    return _written(args.json, found)
+    _written(args.json, found)
+    if found["problems"]:
+        raise ValueError(f"{args.path} cannot be used as it is: {len(found['problems'])} problem(s), listed above")
+    return found
 
 
 def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -129,7 +135,10 @@ def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
         draw_score=args.draw_score,
         console=console,
     )
-    return _written(args.json, summary)
+    _written(args.json, summary)
+    if not summary["scores"]:
+        raise ValueError(f"nothing in {args.data} could be scored; {args.out} says why, response by response")
+    return summary
 
 
 def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -225,7 +234,14 @@ def run(argv: Sequence[str]) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
-        _fail(str(error) or type(error).__name__)
+        _fail(_message(error))
+
+
+def _message(error: Exception) -> str:
+    """What an error says, in plain words where it is the system's own: "runs/one: Permission denied"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -59,7 +59,8 @@ class MatrixArgs:
 
     Attributes:
         config: Settings.
-        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's. NAME
+            is what tables call its sets.
         json: Also write the results to this file.
     """
 
@@ -122,14 +123,15 @@ class PrepareArgs:
     Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
 
     Attributes:
-        files: Preference files: the authors' pairwise JSONL, or VLFeedback.
+        files: Preference files: the authors' pairwise JSONL, or VLFeedback. A split is named after its file; SPLIT=FILE
+            gives it another name.
         out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
         image_root: Folder that image paths are relative to; None takes each file's own.
         strict: Stop at the first bad row.
         json: Also write the results to this file.
     """
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[str, ...], tyro.conf.Positional]
     out: Path
     image_root: Path | None = None
     strict: bool = False
@@ -139,6 +141,8 @@ class PrepareArgs:
 @dataclasses.dataclass(frozen=True)
 class InspectArgs:
     """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
+
+    Where something keeps the folder from being used, the exit status is 2.
 
     Attributes:
         path: Checkpoint folder: InternVL's own layout, or that of transformers' InternVLForConditionalGeneration.
@@ -153,14 +157,16 @@ class InspectArgs:
 class ScoreArgs:
     """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
 
-    Every response of a row is scored, whatever is compared. A row or response that cannot be used gives a line with
-    "error" in its place. A run of `mmrm train` is scored once
-    `mmrm export` has made a checkpoint folder of it.
+    Every response of a row is scored, whatever is compared. One that cannot be scored has its line in place all the
+    same, with id, prompt, img_path and response as far as they are known, and "error" instead of "score". A row whose
+    responses cannot be told, such as broken JSON, gives one line with "file", "row" and "error". Where nothing at all
+    could be scored the exit status is 2. A run of `mmrm train` is scored once `mmrm export` has made a checkpoint
+    folder of it.
 
     Attributes:
         model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
         data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
-        out: File of {"id", "prompt", "img_path", "response", "score"} lines.
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score".
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Rows a step; rounded up to a multiple of the devices.

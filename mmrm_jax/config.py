@@ -377,8 +377,8 @@ class Environment:
     Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
 
     Attributes:
-        name: Its name in tables, where a set is a split of a prepared data set; a file goes by its own name, with
-            the environment's before it where two files share one.
+        name: What its sets are called in tables, and no other environment. A set that several environments share goes
+            by the name of its file or split.
         train: Training set; None makes a test set that no model is trained for (a neutral control, say).
         test: Test set.
         validation: Validation set; None holds out a part of `train`.
@@ -388,10 +388,6 @@ class Environment:
     train: str | None
     test: str
     validation: str | None = None
-
-    def label(self, spec: str) -> str:
-        """What one of the environment's sets is called in tables."""
-        return self.name if ":" in Path(spec).name else Path(spec).stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,6 +425,12 @@ class MatrixConfig:
 
     def __post_init__(self) -> None:
         _check(self, "at least 1", seeds=self.seeds >= 1, jobs=self.jobs >= 1)
+        names = [environment.name for environment in self.environments]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} environments are called {name!r}: give each a name of its own")
+            if "/" in name:
+                raise ValueError(f"environment {name!r}: its name is part of folder names, and cannot hold '/'")
         if not self.objectives:
             raise ValueError("MatrixConfig.objectives is empty; name at least one")
         if len(set(self.objectives)) < len(self.objectives):

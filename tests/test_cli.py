@@ -84,8 +84,10 @@ def test_a_matrix_without_environments_says_what_to_do(capsys):
 def test_a_file_without_comparisons_is_a_clear_error(capsys, tmp_path, rows, reason):
     file = tmp_path / "d.jsonl"
     file.write_text(rows)
-    status, text = run(capsys, "train", "--data", file, "--out", tmp_path / "o", "--data.holdout", "0")
+    out, known = tmp_path / "o", tmp_path / "o" / "quarantine.jsonl"
+    status, text = run(capsys, "train", "--data", file, "--out", out, "--data.holdout", "0")
     assert status == 2 and reason in text and "d.jsonl" in text
+    assert known.exists() == (f"all of them: {known}" in text) == bool(rows and "responses" not in rows)
 
 
 def test_a_missing_model_folder_is_named(capsys, tmp_path):
@@ -116,8 +118,22 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     status, text = run(capsys, *train, "--seed", 5)
     assert status == 2 and "seed: 0 -> 5" in text
 
-    status, text = run(capsys, "prepare", file, "--out", tmp_path / "prepared", "--json", tmp_path / "prepare.json")
+    bad, before = tmp_path / "bad.jsonl", (out / "quarantine.jsonl").read_bytes()
+    bad.write_text("{broken\n")
+    for command, name in (
+        (("evaluate", "--run", out, "--data", bad), "quarantine-bad.jsonl"),
+        ((*train, "--data", bad), "quarantine-refused.jsonl"),  # the run keeps its own record
+    ):
+        status, text = run(capsys, *command)
+        assert status == 2 and f"all of them: {out / name}" in text
+        assert "broken JSON line" in (out / name).read_text()
+        (out / name).unlink()
+    assert (out / "quarantine.jsonl").read_bytes() == before
+
+    prepare = ("prepare", file, "--out", tmp_path / "prepared", "--json", tmp_path / "prepare.json")
+    status, text = run(capsys, *prepare)
     assert status == 0 and "24 groups, 24 comparisons, 0 quarantined" in text, text
+    assert f"train on it: mmrm train --data {tmp_path / 'prepared'}:train --out runs/train" in text
     rows = []
     for data in (file, f"{tmp_path / 'prepared'}:train"):
         status, text = run(capsys, "evaluate", "--run", out, "--data", data, "--json", tmp_path / "eval.json")
@@ -148,9 +164,9 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 0 and "2 quarantined" in text, text
     rows = json.loads(result.read_text())["rows"]
     assert {(r["objective"], r["train"], r["test"]) for r in rows} == {
-        (o, a, t) for o in ("text_only", "standard", "shortcut_aware") for a in "ab" for t in ("ta", "tb")
+        (o, a, t) for o in ("text_only", "standard", "shortcut_aware") for a in "AB" for t in "AB"
     }
-    assert [r["n"] for r in rows if r["test"] == "tb"] == [16] * 6
+    assert [r["n"] for r in rows if r["test"] == "B"] == [16] * 6
     reasons = [json.loads(line)["reason"] for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert any("none.png" in r for r in reasons) and any("cannot be decoded" in r for r in reasons)
     assert "<script" not in (out / "report.html").read_text()
@@ -164,10 +180,10 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 2 and "learning_rate" in text and "hardly trains" not in text
 
     # Every cell is a run: what the matrix measured is what `mmrm evaluate` measures, and it can be exported.
-    cell, found = out / "cells" / "shortcut_aware-a-0", tmp_path / "evaluated.json"
+    cell, found = out / "cells" / "shortcut_aware-A-0", tmp_path / "evaluated.json"
     status, text = run(capsys, "evaluate", "--run", cell, "--data", files["ta"], "--json", found)
     assert status == 0, text
-    (row,) = (r for r in rows if (r["objective"], r["train"], r["test"]) == ("shortcut_aware", "a", "ta"))
+    (row,) = (r for r in rows if (r["objective"], r["train"], r["test"]) == ("shortcut_aware", "A", "A"))
     evaluated = json.loads(found.read_text())
     assert evaluated["finished"] and evaluated["row"]["n"] == 16
     for name in ("accuracy", "mean_margin", "mean_reward", "sfc_mean"):
@@ -178,14 +194,20 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 2 and f"{out} holds a matrix of 4 runs; name one: {out / 'cells'}" in text.replace("\n", ""), text
 
 
-def test_sets_that_share_a_name_are_told_apart():
-    one, two = Environment("one", "a/train.jsonl", "t.jsonl"), Environment("two", "b/train.jsonl", "t.jsonl")
-    names = set_names([(e, str(e.train)) for e in (one, two)])
-    assert names == {"a/train.jsonl": "one-train", "b/train.jsonl": "two-train"}
+def test_sets_go_by_their_environment_and_shared_ones_by_their_own_name():
+    one, two = Environment("one", "a/train.jsonl", "t.jsonl"), Environment("two", "d:train", "t.jsonl")
+    assert set_names([(e, str(e.train)) for e in (one, two)]) == {"a/train.jsonl": "one", "d:train": "two"}
     assert set_names([(e, e.test) for e in (one, two)]) == {"t.jsonl": "t"}
-    same = [Environment("x", "d1:train", ""), Environment("x", "d2:train", "")]
-    with pytest.raises(ValueError, match="2 data sets would be called 'x-x': d2:train, d1:train"):
-        set_names([(e, str(e.train)) for e in same])
+    assert set_names([(one, "d:train"), (two, "d:train")]) == {"d:train": "train"}
+    with pytest.raises(ValueError, match="2 data sets would be called 'two': x/two.jsonl, d:train"):
+        set_names([(one, "x/two.jsonl"), (Environment("three", None, ""), "x/two.jsonl"), (two, "d:train")])
+
+
+def test_two_environments_of_one_name_and_names_that_are_paths_are_refused(capsys):
+    status, text = run(capsys, "matrix", "--env", "A=a.jsonl,ta.jsonl", "A=b.jsonl,tb.jsonl")
+    assert status == 2 and "2 environments are called 'A'" in text
+    status, text = run(capsys, "matrix", "--env", "../A=a.jsonl,ta.jsonl")
+    assert status == 2 and "environment '../A': its name is part of folder names" in text
 
 
 def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
@@ -212,7 +234,7 @@ def test_changed_data_are_refused(capsys, tmp_path):
         f.write(b" ")
     status, text = run(capsys, *arguments, "--title", "another", "--seeds", 2)
     differing = {line.split(":")[0].strip() for line in text.splitlines() if " -> " in line}
-    assert status == 2 and differing == {f"fingerprints.{k}" for k in ("model", "test.a", "train.a")}, text
+    assert status == 2 and differing == {f"fingerprints.{k}" for k in ("model", "test.A", "train.A")}, text
 
 
 BUSY = """
@@ -256,6 +278,20 @@ def test_a_set_up_that_failed_does_not_hold_its_directory(capsys, tmp_path, comm
     for parts, message in ((("visoin",), "visoin"), (("vision", "projector", "decoder", "score"), "nothing to train")):
         status, text = run(capsys, command, *data, "--out", out, f"--{prefix}freeze", *parts)
         assert status == 2 and message in text and not (out / "config.json").exists(), text
+
+
+def test_the_systems_own_errors_are_plain(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    file = write_pairs(tmp_path, "a", 2)
+    status, text = run(capsys, "prepare", file, "--out", tmp_path / "o", "--json", tmp_path / "file" / "x.json")
+    assert status == 2 and f"{tmp_path / 'file'}: File exists" in text and "Errno" not in text
+    (tmp_path / "model" / "config.json").mkdir(parents=True)
+    for command in (
+        ("inspect", tmp_path / "model"),
+        ("train", "--data", file, "--out", tmp_path / "o", "--model", tmp_path / "model"),
+    ):
+        status, text = run(capsys, *command)
+        assert status == 2 and "config.json cannot be read" in text and "Errno" not in text
 
 
 def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):

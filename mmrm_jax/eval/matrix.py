@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import RESUMABLE, MatrixConfig, TrainConfig, to_json
+from mmrm_jax.data.quarantine import keep_quarantine, refused_file
 from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
@@ -108,10 +109,11 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     check_matrix(config)
     model = config.model or MODEL_DIR
     checkpoint = open_checkpoint(model, config.train.data)
-    sources = open_data(config)
-    resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
-    check_config(config.out, resolved, ignore=FREE)
-    data = load_data(config, sources, checkpoint, console)
+    with keep_quarantine(refused_file(config.out)):
+        sources = open_data(config)
+        resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
+        check_config(config.out, resolved, ignore=FREE)
+        data = load_data(config, sources, checkpoint, console)
     for objective in trained_objectives(config.objectives):  # whose set-up may fail too
         build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), 1)
     write_config(config.out, resolved)

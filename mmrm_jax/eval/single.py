@@ -13,7 +13,7 @@ from rich.console import Console
 from mmrm_jax.config import RESUMABLE, TrainConfig, to_json
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
-from mmrm_jax.data.quarantine import clear_quarantine, merge_quarantine
+from mmrm_jax.data.quarantine import clear_quarantine, keep_quarantine, merge_quarantine, refused_file
 from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.distributed import is_main
@@ -37,6 +37,7 @@ from mmrm_jax.train.setup import (
     model_fingerprint,
     open_checkpoint,
     open_spec,
+    require_comparisons,
     training_batches,
     training_sources,
     training_steps,
@@ -78,10 +79,13 @@ def open_run(
             console.print(f"changed since the run began: {line}")
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad
+    require_comparisons(data, spec, quarantined)
     validation = None
     if held_out is not None:
-        validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
+        name = f"{spec}, held out"
+        validation, bad = encode(held_out, checkpoint, views, config, name=name, console=console)
         quarantined += bad
+        require_comparisons(validation, name, quarantined)
     if quarantined:
         console.print(summarise_quarantine(quarantined))
     if is_main():
@@ -102,7 +106,8 @@ def train_run(
     Of several processes each reads its share of every batch, and `out` is a folder that all of them see. Raises
     CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
     """
-    run = open_run(config, spec, out, model, image_root, console)
+    with keep_quarantine(refused_file(out)):
+        run = open_run(config, spec, out, model, image_root, console)
     if model is None and (note := rate_note(config.optimizer.learning_rate, "--optimizer.learning-rate")):
         console.print(note, style="yellow")
     steps = training_steps(config, len(run.train))
@@ -205,14 +210,15 @@ def evaluate_run(
     """
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
-    source, quarantined = open_spec(spec, Path(), image_root)
-    data, bad = encode(
-        source, checkpoint, merged_views([find_objective(config.objective)], config), config, name=spec, console=console
-    )
-    quarantined += bad
-    if config.strict:
-        raise_first(quarantined)
+    views = merged_views([find_objective(config.objective)], config)
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
+    with keep_quarantine(quarantine):
+        source, quarantined = open_spec(spec, Path(), image_root)
+        data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
+        quarantined += bad
+        if config.strict:
+            raise_first(quarantined)
+        require_comparisons(data, spec, quarantined)
     clear_quarantine(quarantine)
     if is_main():
         write_quarantine(quarantine, quarantined)  # the evaluation adds what it cannot read
@@ -228,14 +234,14 @@ def evaluate_run(
         quarantine=quarantine,
         strict=config.strict,
     )
+    quarantined = merge_quarantine(quarantine)
     if not len(e.margins[program.objective.scores]):
-        raise DataError(f"{spec} has no comparisons left to evaluate")
+        raise DataError(f"{spec} has no comparisons left to evaluate; what was left out, and why: {quarantine}")
     row = cell_row(_scores(e, program, saved.data, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
     if e.sfc is not None:
         counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     _print(row, console)
-    quarantined = merge_quarantine(quarantine)
     if quarantined:
         console.print(f"{summarise_quarantine(quarantined)}\nall of them: {quarantine}")
     unusable = [dataclasses.asdict(q) for q in quarantined]

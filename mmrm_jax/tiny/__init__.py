@@ -12,5 +12,7 @@ def rate_note(rate: float, option: str) -> str | None:
     """A line to print where the tiny model is trained at a rate below `LEAST_RATE`; `option` sets it."""
     if rate >= LEAST_RATE:
         return None
-    chosen = f"{option} {LEARNING_RATE:g}"
-    return f"a learning rate of {rate:g} hardly trains the tiny model in the package; its settings were chosen with {chosen}"
+    return (
+        f"a learning rate of {rate:g} hardly trains the tiny model in the package; its settings were chosen with "
+        f"{option} {LEARNING_RATE:g}"
+    )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +16,21 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
+from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
     EvaluateArgs,
     ExportArgs,
     InspectArgs,
     MatrixArgs,
+    MatrixRun,
     PrepareArgs,
     QuickstartArgs,
+    QuickstartRun,
     ScoreArgs,
     TrainArgs,
 )
 from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
+from mmrm_jax.signals import heard, leave
 
 C = TypeVar("C")
 
@@ -36,10 +41,9 @@ def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.matrix import check_matrix, run_matrix
     from mmrm_jax.eval.publish import publish
 
-    args = _parse("quickstart", QuickstartArgs, argv, QuickstartArgs(shapes.CONFIG))
-    config = args.config
-    if args.steps is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=args.steps))
+    default = QuickstartArgs(_with_runs(shapes.CONFIG, QuickstartRun), shapes.CONFIG.train.steps)
+    args = _parse("quickstart", QuickstartArgs, argv, default)
+    config = _with_runs(args.config, TrainConfig, steps=args.steps)
     if config.root != shapes.CONFIG.root or config.image_root is not None or config.environments:
         raise ValueError(
             "mmrm quickstart renders its own data: --root, --image-root and environments are mmrm matrix's"
@@ -56,8 +60,8 @@ def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.publish import publish
 
     default, rest = _config_file(argv, MatrixConfig)
-    args = _parse("matrix", MatrixArgs, rest, MatrixArgs(default or MatrixConfig()))
-    config = args.config
+    args = _parse("matrix", MatrixArgs, rest, MatrixArgs(_with_runs(default or MatrixConfig(), MatrixRun)))
+    config = _with_runs(args.config, TrainConfig)
     if args.env:
         config = dataclasses.replace(config, environments=tuple(map(_environment, args.env)))
     if not config.environments:
@@ -94,6 +98,9 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if result.quarantined:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
+    for split in [r.split for r in result.reports if r.comparisons][:1]:
+        train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
+        console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
     return _written(
         args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
     )
@@ -106,7 +113,10 @@ def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
     args = _parse("inspect", InspectArgs, argv)
     found = inspect_checkpoint(args.path)
     print_description(found, console)
-    return _written(args.json, found)
+    _written(args.json, found)
+    if found["problems"]:
+        raise ValueError(f"{args.path} cannot be used as it is: {len(found['problems'])} problem(s), listed above")
+    return found
 
 
 def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -125,7 +135,10 @@ def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
         draw_score=args.draw_score,
         console=console,
     )
-    return _written(args.json, summary)
+    _written(args.json, summary)
+    if not summary["scores"]:
+        raise ValueError(f"nothing in {args.data} could be scored; {args.out} says why, response by response")
+    return summary
 
 
 def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -172,19 +185,43 @@ SEVERAL = ("train", "evaluate")  # commands that several processes can run toget
 def main() -> None:
     """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2.
 
-    `mmrm train` that was stopped by SIGTERM has saved and exits with 75, by Ctrl-C with 130 (see `train.preemption`).
+    Ctrl-C ends a command at once with 130. `mmrm train` saves first (see `train.preemption`), and after SIGTERM exits
+    with 75.
     """
     argv = sys.argv[1:]
+
+    def interrupted(_: signal.Signals) -> None:
+        goes_on = argv[0] in ("train", "matrix", "quickstart")
+        print("\nmmrm: interrupted" + ("; give the same command again to go on" * goes_on), file=sys.stderr)
+        leave(128 + signal.SIGINT)
+
+    try:
+        with heard((signal.SIGINT,), interrupted):
+            run(argv)
+    except SystemExit as stop:
+        from mmrm_jax.train.preemption import INTERRUPTED, PREEMPTED
+
+        if stop.code in (PREEMPTED, INTERRUPTED):
+            leave(stop.code)
+        raise
+
+
+def run(argv: Sequence[str]) -> None:
+    """`main`, but for Ctrl-C: raises SystemExit where there is an error, or where a signal stopped it."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mmrm COMMAND [OPTIONS]\n\nMultimodal reward models that look at the image.\n\ncommands:")
         print("\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
-        print("\nmmrm COMMAND --help explains its options. MMRM_TRACEBACK=1 shows where an error came from.")
+        print("\nmmrm COMMAND --help explains its options; mmrm --version says which version this is.")
+        print("MMRM_TRACEBACK=1 shows where an error came from.")
+        return
+    if argv[0] == "--version":
+        print(f"mmrm {__version__}")
         return
     if argv[0] not in COMMANDS:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from mmrm_jax import distributed
-    from mmrm_jax.train.preemption import INTERRUPTED, Preempted
+    from mmrm_jax.train.preemption import Preempted
 
     try:
         if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
@@ -197,10 +234,14 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRM_TRACEBACK"):
             raise
-        _fail(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        goes_on = argv[0] in ("train", "matrix", "quickstart")
-        _fail("interrupted" + ("; give the same command again to go on" if goes_on else ""), INTERRUPTED)
+        _fail(_message(error))
+
+
+def _message(error: Exception) -> str:
+    """What an error says, in plain words where it is the system's own: "runs/one: Permission denied"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, status: int = 2) -> None:
@@ -226,6 +267,11 @@ def _parse(
         return tyro.cli(cls, prog=prog, args=list(argv))
     missing = {name: tyro.MISSING for name in required}
     return tyro.cli(cls, prog=prog, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
+
+
+def _with_runs(config: MatrixConfig, cls: type[TrainConfig], **changes: Any) -> MatrixConfig:
+    """With the settings of its runs in a class that has the same fields, and hides some of them or none."""
+    return dataclasses.replace(config, train=cls(**vars(config.train) | changes))
 
 
 def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[str]]:

@@ -12,6 +12,21 @@ from mmrm_jax.config import MatrixConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class MatrixRun(TrainConfig):
+    """Settings of every run, but for what the matrix itself says: what is compared, and when a run is tested."""
+
+    objective: Annotated[str, tyro.conf.Suppress] = TrainConfig.objective
+    eval_every: Annotated[int | None, tyro.conf.Suppress] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartRun(MatrixRun):
+    """Settings of every run, but for what the matrix itself says, and `--steps`."""
+
+    steps: Annotated[int | None, tyro.conf.Suppress] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class QuickstartArgs:
     """Train text-only, standard and shortcut-aware reward models on the shapes world, and compare them.
 
@@ -21,13 +36,14 @@ class QuickstartArgs:
 
     Attributes:
         config: Settings; the defaults are those of the numbers in the README.
-        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect.
+        steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect. None trains for
+            `train.epochs` passes over the data.
         data: Where the rendered data set is kept; None puts it into the run directory.
         json: Also write the results to this file.
     """
 
     config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
-    steps: int | None = None
+    steps: int | None
     data: Path | None = None
     json: Path | None = None
 
@@ -43,7 +59,8 @@ class MatrixArgs:
 
     Attributes:
         config: Settings.
-        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's. NAME
+            is what tables call its sets.
         json: Also write the results to this file.
     """
 
@@ -85,7 +102,7 @@ class EvaluateArgs:
     What could not be used is written to quarantine-NAME.jsonl in the run directory.
 
     Attributes:
-        run: Run directory of `mmrm train`.
+        run: Run directory of `mmrm train`, or a cell of `mmrm matrix` or `mmrm quickstart`: OUT/cells/NAME.
         data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
@@ -106,14 +123,15 @@ class PrepareArgs:
     Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
 
     Attributes:
-        files: Preference files: the authors' pairwise JSONL, or VLFeedback.
+        files: Preference files: the authors' pairwise JSONL, or VLFeedback. A split is named after its file; SPLIT=FILE
+            gives it another name.
         out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
         image_root: Folder that image paths are relative to; None takes each file's own.
         strict: Stop at the first bad row.
         json: Also write the results to this file.
     """
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[str, ...], tyro.conf.Positional]
     out: Path
     image_root: Path | None = None
     strict: bool = False
@@ -123,6 +141,8 @@ class PrepareArgs:
 @dataclasses.dataclass(frozen=True)
 class InspectArgs:
     """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
+
+    Where something keeps the folder from being used, the exit status is 2.
 
     Attributes:
         path: Checkpoint folder: InternVL's own layout, or that of transformers' InternVLForConditionalGeneration.
@@ -137,14 +157,16 @@ class InspectArgs:
 class ScoreArgs:
     """Score every response in a file with a reward model: one JSON line a response, in the order of the rows.
 
-    Every response of a row is scored, whatever is compared. A row or response that cannot be used gives a line with
-    "error" in its place. A run of `mmrm train` is scored once
-    `mmrm export` has made a checkpoint folder of it.
+    Every response of a row is scored, whatever is compared. One that cannot be scored has its line in place all the
+    same, with id, prompt, img_path and response as far as they are known, and "error" instead of "score". A row whose
+    responses cannot be told, such as broken JSON, gives one line with "file", "row" and "error". Where nothing at all
+    could be scored the exit status is 2. A run of `mmrm train` is scored once `mmrm export` has made a checkpoint
+    folder of it.
 
     Attributes:
         model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
         data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
-        out: File of {"id", "prompt", "img_path", "response", "score"} lines.
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score".
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Rows a step; rounded up to a multiple of the devices.
@@ -172,7 +194,7 @@ class ExportArgs:
     text as its base did. A run that is unfinished is written as it is, and said so.
 
     Attributes:
-        run: Run directory of `mmrm train`.
+        run: Run directory of `mmrm train`, or a cell of `mmrm matrix` or `mmrm quickstart`: OUT/cells/NAME.
         out: New folder.
         layout: same as that of the checkpoint the run started from; chat is InternVL's own, which the paper's code
             loads; native is that of transformers' InternVLForConditionalGeneration.

@@ -15,6 +15,13 @@ BranchInput = Literal["multimodal", "blank", "absent", "image_only"]
 Remat = Literal["none", "dots", "full"]
 
 
+def _check(config: Any, rule: str, **fits: bool) -> None:
+    """Raises ValueError for the first field that does not fit, with its value and the rule."""
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be {rule}")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """InternViT. `mean` and `std` normalise RGB values in 0..1. `remat` is `TrainConfig`'s: no checkpoint says it.
@@ -145,9 +152,17 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up from 0 and cosine decay to 0 (the recipe in the paper's code).
 
-    `decay_groups` says what weight decay spares: "uniform" biases and the scales of norms and layers, in both branches
-    alike; "reference" what the paper's code does, where a proxy beside a primary is not decayed at all, and scales are
-    decayed but for those of layer norms and of the RMS norms of Qwen and Llama decoders.
+    Attributes:
+        learning_rate: The schedule's highest; the default is the paper's, for billions of parameters.
+        b1: Decay of the mean of gradients from step to step.
+        b2: Decay of the mean of their squares.
+        eps: Added to the root of that mean, by which an update is divided.
+        weight_decay: Share of a parameter taken off at every step, times the learning rate.
+        clip_norm: Most that the norm of all gradients together may be; larger ones are scaled down.
+        warmup_fraction: Share of the steps over which the learning rate rises.
+        decay_groups: What weight decay spares: "uniform" biases and the scales of norms and layers, in both branches
+            alike; "reference" what the paper's code does, where a proxy beside a primary is not decayed at all, and
+            scales are decayed but for those of layer norms and of the RMS norms of Qwen and Llama decoders.
     """
 
     learning_rate: float = 1e-5
@@ -158,6 +173,14 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     warmup_fraction: float = 0.1
     decay_groups: Literal["uniform", "reference"] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check(self, "above 0 and finite", learning_rate=0 < self.learning_rate < math.inf)
+        _check(self, "above 0", clip_norm=self.clip_norm > 0)
+        _check(self, "at least 0 and finite", eps=0 <= self.eps < math.inf)
+        _check(self, "at least 0 and finite", weight_decay=0 <= self.weight_decay < math.inf)
+        _check(self, "at least 0 and below 1", b1=0 <= self.b1 < 1, b2=0 <= self.b2 < 1)
+        _check(self, "from 0 to 1", warmup_fraction=0 <= self.warmup_fraction <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +200,8 @@ class MeshConfig:
     dcn_data: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("fsdp", "tensor", "dcn_data"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MeshConfig.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.data < 1 and self.data != -1:
-            raise ValueError(f"MeshConfig.data is {self.data}; it must be at least 1, or -1 for all that are left")
+        _check(self, "at least 1", fsdp=self.fsdp >= 1, tensor=self.tensor >= 1, dcn_data=self.dcn_data >= 1)
+        _check(self, "at least 1, or -1 for all that are left", data=self.data >= 1 or self.data == -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +226,8 @@ class LoraConfig:
     branches: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"LoraConfig.rank is {self.rank}; it must be at least 1, or 0 to train without adapters")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"LoraConfig.alpha is {self.alpha}; it must be above 0")
+        _check(self, "at least 1, or 0 to train without adapters", rank=self.rank >= 0)
+        _check(self, "above 0", alpha=0 < self.alpha < math.inf)
         if self.rank and not (self.targets and self.branches != ()):
             empty = "branches" if self.targets else "targets"
             raise ValueError(f"LoraConfig.{empty} is empty; name at least one, or set rank 0 to train without adapters")
@@ -230,10 +248,8 @@ class Augmentation:
     brightness: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"Augmentation.crop is {self.crop}; it must be above 0 and at most 1")
-        if not 0 <= self.brightness < 1:
-            raise ValueError(f"Augmentation.brightness is {self.brightness}; it must be at least 0 and below 1")
+        _check(self, "above 0 and at most 1", crop=0 < self.crop <= 1)
+        _check(self, "at least 0 and below 1", brightness=0 <= self.brightness < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,12 +339,11 @@ class TrainConfig:
         names = ("batch_size", "micro_batches", "eval_batch_size", "steps", "log_every", "eval_every")
         for name in (*names, "checkpoint_every", "keep_last"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
-        if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"TrainConfig.drop_path_rate is {self.drop_path_rate}; it must be at least 0 and below 1")
-        if self.keep_best < 0:
-            raise ValueError(f"TrainConfig.keep_best is {self.keep_best}; it must be at least 0")
+            _check(self, "at least 1", **{name: value is None or value >= 1})
+        _check(self, "above 0 and finite", epochs=0 < self.epochs < math.inf)
+        rate = self.drop_path_rate
+        _check(self, "at least 0 and below 1", drop_path_rate=rate is None or 0 <= rate < 1)
+        _check(self, "at least 0", keep_best=self.keep_best >= 0)
         every, evaluated = self.checkpoint_every, self.eval_every
         if self.keep_best and (every is None or evaluated is None or every % evaluated):
             raise ValueError(
@@ -362,8 +377,8 @@ class Environment:
     Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
 
     Attributes:
-        name: Its name in tables, where a set is a split of a prepared data set; a file goes by its own name, with
-            the environment's before it where two files share one.
+        name: What its sets are called in tables, and no other environment. A set that several environments share goes
+            by the name of its file or split.
         train: Training set; None makes a test set that no model is trained for (a neutral control, say).
         test: Test set.
         validation: Validation set; None holds out a part of `train`.
@@ -373,10 +388,6 @@ class Environment:
     train: str | None
     test: str
     validation: str | None = None
-
-    def label(self, spec: str) -> str:
-        """What one of the environment's sets is called in tables."""
-        return self.name if ":" in Path(spec).name else Path(spec).stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,9 +424,13 @@ class MatrixConfig:
     title: str = "Cross-distribution matrix"
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MatrixConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        _check(self, "at least 1", seeds=self.seeds >= 1, jobs=self.jobs >= 1)
+        names = [environment.name for environment in self.environments]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} environments are called {name!r}: give each a name of its own")
+            if "/" in name:
+                raise ValueError(f"environment {name!r}: its name is part of folder names, and cannot hold '/'")
         if not self.objectives:
             raise ValueError("MatrixConfig.objectives is empty; name at least one")
         if len(set(self.objectives)) < len(self.objectives):
@@ -429,15 +444,3 @@ class MatrixConfig:
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as JSON values, for `config.json` and for comparing two runs."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The fields in which two `to_json` results differ: dotted name -> "old -> new"."""
-    found = {}
-    for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, name + ".")
-        elif a != b:
-            found[name] = f"{a!r} -> {b!r}"
-    return found

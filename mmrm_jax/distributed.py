@@ -10,13 +10,14 @@ or found by JAX on a cluster it knows (SLURM, TPU pods, GKE, Open MPI): MMRM_DIS
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from mmrm_jax.signals import leave
 
 BY_HAND = ("MMRM_COORDINATOR", "MMRM_NUM_PROCESSES", "MMRM_PROCESS_ID")
 DETECT = "MMRM_DISTRIBUTED"
@@ -87,8 +88,7 @@ def shutdown() -> None:
 def abandon(status: int) -> None:
     """End this process at once where there are others: leaving in an orderly way would wait for them to do the same."""
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(status)
+        leave(status)
 
 
 def own_file(path: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,11 @@ FAST = ["--train.batch-size", "8", "--train.log-every", "1", "--train.eval-batch
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
     """Exit status and everything printed."""
-    argv, sys.argv = sys.argv, ["mmrm", *map(str, arguments)]
     try:
-        cli.main()
+        cli.run([*map(str, arguments)])
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
-    finally:
-        sys.argv = argv
     captured = capsys.readouterr()
     return status, captured.out + captured.err
 

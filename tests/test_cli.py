@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from commands import FAST, run, write_pairs
 from PIL import Image
 
+import mmrm_jax
 from mmrm_jax import cli
 from mmrm_jax.config import Environment, MatrixConfig, to_json
 from mmrm_jax.eval.matrix import FREE
@@ -22,8 +26,21 @@ from mmrm_jax.train.checkpoint import check_config, write_config
 def test_help_and_unknown_commands(capsys):
     status, text = run(capsys, "--help")
     assert status == 0 and all(name in text for name in cli.COMMANDS)
+    status, text = run(capsys, "--version")
+    assert status == 0 and text == f"mmrm {mmrm_jax.__version__}\n"
     status, text = run(capsys, "matrx")
     assert status == 2 and "did you mean 'matrix'" in text
+
+
+def test_help_lists_what_is_read_and_explains_it(capsys):
+    for command, hidden in (
+        ("matrix", ("objective", "eval-every")),
+        ("quickstart", ("objective", "eval-every", "steps")),
+    ):
+        status, text = run(capsys, command, "--help")
+        assert status == 0 and not [name for name in hidden if f"--train.{name} " in text]
+        assert "--train.batch-size INT" in text and "Decay of the mean of gradients" in text
+    assert "(default: 500)" in text and "Settings of every run" in text
 
 
 def test_an_unknown_option_suggests_the_nearest(capsys):
@@ -67,8 +84,10 @@ def test_a_matrix_without_environments_says_what_to_do(capsys):
 def test_a_file_without_comparisons_is_a_clear_error(capsys, tmp_path, rows, reason):
     file = tmp_path / "d.jsonl"
     file.write_text(rows)
-    status, text = run(capsys, "train", "--data", file, "--out", tmp_path / "o", "--data.holdout", "0")
+    out, known = tmp_path / "o", tmp_path / "o" / "quarantine.jsonl"
+    status, text = run(capsys, "train", "--data", file, "--out", out, "--data.holdout", "0")
     assert status == 2 and reason in text and "d.jsonl" in text
+    assert known.exists() == (f"all of them: {known}" in text) == bool(rows and "responses" not in rows)
 
 
 def test_a_missing_model_folder_is_named(capsys, tmp_path):
@@ -83,7 +102,14 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     train = ["train", "--data", file, "--out", out, "--steps", 3, *options]
     status, text = run(capsys, *train, "--json", tmp_path / "train.json")
     assert status == 0 and "score" in text, text
+    held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation/n"]
+    text = " ".join(text.split())
+    assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once" in text
+    assert f"held out, n = {held_out}" in text and "training, last 1 steps" in text, text
+    assert "accuracy of the text-only proxy" in text and "/accuracy" not in text
+    assert "a learning rate of 1e-05 hardly trains the tiny model" in text and "--optimizer.learning-rate 0.001" in text
     result = json.loads((tmp_path / "train.json").read_text())
+    assert held_out > 0 and f"validation {100 * result['final']['validation/accuracy']:.1f} % (n = {held_out})" in text
     assert result["steps"] == 3 and 0 <= result["final"]["validation/accuracy"] <= 1
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -92,8 +118,22 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     status, text = run(capsys, *train, "--seed", 5)
     assert status == 2 and "seed: 0 -> 5" in text
 
-    status, text = run(capsys, "prepare", file, "--out", tmp_path / "prepared", "--json", tmp_path / "prepare.json")
+    bad, before = tmp_path / "bad.jsonl", (out / "quarantine.jsonl").read_bytes()
+    bad.write_text("{broken\n")
+    for command, name in (
+        (("evaluate", "--run", out, "--data", bad), "quarantine-bad.jsonl"),
+        ((*train, "--data", bad), "quarantine-refused.jsonl"),  # the run keeps its own record
+    ):
+        status, text = run(capsys, *command)
+        assert status == 2 and f"all of them: {out / name}" in text
+        assert "broken JSON line" in (out / name).read_text()
+        (out / name).unlink()
+    assert (out / "quarantine.jsonl").read_bytes() == before
+
+    prepare = ("prepare", file, "--out", tmp_path / "prepared", "--json", tmp_path / "prepare.json")
+    status, text = run(capsys, *prepare)
     assert status == 0 and "24 groups, 24 comparisons, 0 quarantined" in text, text
+    assert f"train on it: mmrm train --data {tmp_path / 'prepared'}:train --out runs/train" in text
     rows = []
     for data in (file, f"{tmp_path / 'prepared'}:train"):
         status, text = run(capsys, "evaluate", "--run", out, "--data", data, "--json", tmp_path / "eval.json")
@@ -124,9 +164,9 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 0 and "2 quarantined" in text, text
     rows = json.loads(result.read_text())["rows"]
     assert {(r["objective"], r["train"], r["test"]) for r in rows} == {
-        (o, a, t) for o in ("text_only", "standard", "shortcut_aware") for a in "ab" for t in ("ta", "tb")
+        (o, a, t) for o in ("text_only", "standard", "shortcut_aware") for a in "AB" for t in "AB"
     }
-    assert [r["n"] for r in rows if r["test"] == "tb"] == [16] * 6
+    assert [r["n"] for r in rows if r["test"] == "B"] == [16] * 6
     reasons = [json.loads(line)["reason"] for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert any("none.png" in r for r in reasons) and any("cannot be decoded" in r for r in reasons)
     assert "<script" not in (out / "report.html").read_text()
@@ -137,24 +177,44 @@ def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):
     assert status == 0 and {p: p.stat().st_mtime_ns for p in finished} == finished
     assert json.loads(result.read_text())["rows"] == rows
     status, text = run(capsys, *arguments, "--train.optimizer.learning-rate", "0.5")
-    assert status == 2 and "learning_rate" in text
+    assert status == 2 and "learning_rate" in text and "hardly trains" not in text
+
+    # Every cell is a run: what the matrix measured is what `mmrm evaluate` measures, and it can be exported.
+    cell, found = out / "cells" / "shortcut_aware-A-0", tmp_path / "evaluated.json"
+    status, text = run(capsys, "evaluate", "--run", cell, "--data", files["ta"], "--json", found)
+    assert status == 0, text
+    (row,) = (r for r in rows if (r["objective"], r["train"], r["test"]) == ("shortcut_aware", "A", "A"))
+    evaluated = json.loads(found.read_text())
+    assert evaluated["finished"] and evaluated["row"]["n"] == 16
+    for name in ("accuracy", "mean_margin", "mean_reward", "sfc_mean"):
+        assert evaluated["row"][name] == pytest.approx(row[name], abs=1e-5), name
+    status, text = run(capsys, "export", "--run", cell, "--out", tmp_path / "exported")
+    assert status == 0 and (tmp_path / "exported" / "model.safetensors").exists(), text
+    status, text = run(capsys, "evaluate", "--run", out, "--data", files["ta"])
+    assert status == 2 and f"{out} holds a matrix of 4 runs; name one: {out / 'cells'}" in text.replace("\n", ""), text
 
 
-def test_sets_that_share_a_name_are_told_apart():
-    one, two = Environment("one", "a/train.jsonl", "t.jsonl"), Environment("two", "b/train.jsonl", "t.jsonl")
-    names = set_names([(e, str(e.train)) for e in (one, two)])
-    assert names == {"a/train.jsonl": "one-train", "b/train.jsonl": "two-train"}
+def test_sets_go_by_their_environment_and_shared_ones_by_their_own_name():
+    one, two = Environment("one", "a/train.jsonl", "t.jsonl"), Environment("two", "d:train", "t.jsonl")
+    assert set_names([(e, str(e.train)) for e in (one, two)]) == {"a/train.jsonl": "one", "d:train": "two"}
     assert set_names([(e, e.test) for e in (one, two)]) == {"t.jsonl": "t"}
-    same = [Environment("x", "d1:train", ""), Environment("x", "d2:train", "")]
-    with pytest.raises(ValueError, match="2 data sets would be called 'x-x': d2:train, d1:train"):
-        set_names([(e, str(e.train)) for e in same])
+    assert set_names([(one, "d:train"), (two, "d:train")]) == {"d:train": "train"}
+    with pytest.raises(ValueError, match="2 data sets would be called 'two': x/two.jsonl, d:train"):
+        set_names([(one, "x/two.jsonl"), (Environment("three", None, ""), "x/two.jsonl"), (two, "d:train")])
+
+
+def test_two_environments_of_one_name_and_names_that_are_paths_are_refused(capsys):
+    status, text = run(capsys, "matrix", "--env", "A=a.jsonl,ta.jsonl", "A=b.jsonl,tb.jsonl")
+    assert status == 2 and "2 environments are called 'A'" in text
+    status, text = run(capsys, "matrix", "--env", "../A=a.jsonl,ta.jsonl")
+    assert status == 2 and "environment '../A': its name is part of folder names" in text
 
 
 def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
     status, text = run(capsys, "quickstart", "--root", "x", "--out", tmp_path / "o")
     assert status == 2 and "renders its own data" in text
     status, text = run(capsys, "matrix", "--train.objective", "standard")
-    assert status == 2 and "MatrixConfig.objectives says" in text
+    assert status == 2 and "Unrecognized options: --train.objective" in text
     status, text = run(capsys, "matrix", "--jobs", 0)
     assert status == 2 and "MatrixConfig.jobs is 0" in text
     status, text = run(capsys, "quickstart", "--objectives", "standrd", "--out", tmp_path / "o")
@@ -174,19 +234,30 @@ def test_changed_data_are_refused(capsys, tmp_path):
         f.write(b" ")
     status, text = run(capsys, *arguments, "--title", "another", "--seeds", 2)
     differing = {line.split(":")[0].strip() for line in text.splitlines() if " -> " in line}
-    assert status == 2 and differing == {f"fingerprints.{k}" for k in ("model", "test.a", "train.a")}, text
+    assert status == 2 and differing == {f"fingerprints.{k}" for k in ("model", "test.A", "train.A")}, text
 
 
-def test_an_interrupt_says_how_to_go_on_where_that_helps(capsys, monkeypatch):
-    def interrupted(argv, console):
-        raise KeyboardInterrupt
+BUSY = """
+import hashlib, sys
+import mmrm_jax
+from mmrm_jax import cli
+def busy(argv, console):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without Python's lock, as in a compiler
+cli.COMMANDS[sys.argv[1]] = (busy, "")
+cli.main()
+"""
 
-    for command in cli.COMMANDS:
-        monkeypatch.setitem(cli.COMMANDS, command, (interrupted, ""))
-        status, text = run(capsys, command)
-        assert status == 130 and ("give the same command again" in text) == (
-            command in ("train", "matrix", "quickstart")
-        )
+
+@pytest.mark.parametrize("command", ["matrix", "score"])
+def test_an_interrupt_is_heard_while_compiling_and_says_how_to_go_on_where_that_helps(command):
+    process = subprocess.Popen([sys.executable, "-c", BUSY, command], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    goes_on = "; give the same command again to go on" if command == "matrix" else ""
+    assert errors == f"\nmmrm: interrupted{goes_on}\n"
 
 
 def test_a_setting_out_of_range_is_named(capsys, tmp_path):
@@ -198,6 +269,29 @@ def test_a_command_that_never_began_does_not_hold_its_directory(capsys, tmp_path
     file, out = write_pairs(tmp_path, "a", 2), tmp_path / "m"
     status, text = run(capsys, "matrix", "--env", f"A={file},{tmp_path / 'typo.jsonl'}", "--out", out)
     assert status == 2 and "typo.jsonl" in text and not out.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "matrix"])
+def test_a_set_up_that_failed_does_not_hold_its_directory(capsys, tmp_path, command):
+    file, out = write_pairs(tmp_path, "a", 4), tmp_path / "o"
+    data, prefix = (("--data", file), "") if command == "train" else (("--env", f"A={file},{file}"), "train.")
+    for parts, message in ((("visoin",), "visoin"), (("vision", "projector", "decoder", "score"), "nothing to train")):
+        status, text = run(capsys, command, *data, "--out", out, f"--{prefix}freeze", *parts)
+        assert status == 2 and message in text and not (out / "config.json").exists(), text
+
+
+def test_the_systems_own_errors_are_plain(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    file = write_pairs(tmp_path, "a", 2)
+    status, text = run(capsys, "prepare", file, "--out", tmp_path / "o", "--json", tmp_path / "file" / "x.json")
+    assert status == 2 and f"{tmp_path / 'file'}: File exists" in text and "Errno" not in text
+    (tmp_path / "model" / "config.json").mkdir(parents=True)
+    for command in (
+        ("inspect", tmp_path / "model"),
+        ("train", "--data", file, "--out", tmp_path / "o", "--model", tmp_path / "model"),
+    ):
+        status, text = run(capsys, *command)
+        assert status == 2 and "config.json cannot be read" in text and "Errno" not in text
 
 
 def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import jax
@@ -25,7 +27,7 @@ from mmrm_jax.eval.companions import chat_template, companion_files
 from mmrm_jax.eval.evaluate import evaluate
 from mmrm_jax.eval.inspect import inspect_checkpoint
 from mmrm_jax.eval.saved_run import read_run
-from mmrm_jax.eval.score import Scored, write_lines
+from mmrm_jax.eval.score import Scored, finish, write_lines
 from mmrm_jax.models.hf.config import config_to_hf
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
@@ -164,12 +166,15 @@ def test_scores_are_the_rewards_of_evaluation_in_the_order_of_the_rows(capsys, t
     data.write_text("\n".join([*rows[:5], json.dumps(broken), "{cut", json.dumps(one), *rows[5:]]) + "\n")
     out = tmp_path / "scores.jsonl"
     status, text = run(capsys, "score", "--model", model, "--data", data, "--out", out, "--batch-size", 8)
-    assert status == 0 and "25 scores of 13 rows" in text and "2 quarantined" in text
+    assert status == 0 and "25 scores of 13 rows" in text and "3 without a score" in text
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     errors = {i: line["error"] for i, line in enumerate(lines) if "error" in line}
-    assert list(errors) == [10, 11] and "broken.png" in errors[10] and "broken JSON line" in errors[11]
-    assert lines[10]["id"] == "broken" and lines[12]["response"] == "It is red."
-    assert [lines[i]["img_path"] for i in (0, 12)] == ["images/pairs-0.png"] * 2
+    assert list(errors) == [10, 11, 12] and "broken.png" in errors[10] and "broken JSON line" in errors[12]
+    chosen, rejected = ({k: v for k, v in line.items() if k != "error"} for line in lines[10:12])
+    assert chosen == {k: broken[k] for k in ("id", "prompt", "img_path")} | {"response": broken["chosen"]}
+    assert rejected["response"] == broken["rejected"] and lines[13]["response"] == "It is red."
+    assert lines[12].keys() == {"file", "row", "error"} and (lines[12]["file"], lines[12]["row"]) == (str(data), 7)
+    assert [lines[i]["img_path"] for i in (0, 13)] == ["images/pairs-0.png"] * 2
     scored = [line["score"] for line in lines if "score" in line]
     pairs = scored[:10] + scored[11:]
     saved = read_run(trained / "run")
@@ -270,12 +275,51 @@ def test_a_chat_template_spells_its_conversation(name):
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A “pear”\n."}]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(chat_template(TEMPLATES[name]))
+    template = environment.from_string(chat_template(TEMPLATES[name], "<IMG_CONTEXT>"))
     image = "<img><IMG_CONTEXT></img>"
     rendered = template.render(messages=messages).replace("<IMG_CONTEXT>", image)
     assert rendered == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "A “pear”\n."))
     asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
     assert asked.rstrip() == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "")).rstrip()
+
+
+def test_the_chat_layout_has_the_files_that_others_read(capsys, trained, tmp_path):
+    out = tmp_path / "out"
+    assert run(capsys, "export", "--run", trained / "run", "--out", out)[0] == 0
+    images = json.loads((out / "preprocessor_config.json").read_text())
+    want = {"size": 32, "crop_size": 32, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    assert images.items() >= (want | {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}).items()
+    template = ImmutableSandboxedEnvironment().from_string((out / "chat_template.jinja").read_text())
+    asked = template.render(messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
+    assert asked == spell(TEMPLATES["chatml-plain"].pieces("<image>\n?", 0, "", "r")).partition("<|im_end|>")[0]
+    # What the base has of its own is kept, and stands for what would be made.
+    base = tmp_path / "base"
+    shutil.copytree(MODEL_DIR, base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (base / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    found = companion_files(open_checkpoint(base), {}, same=True, layout="chat")
+    assert found == {"preprocessor_config.json": b'{"image_mean": [0.5, 0.5, 0.5]}'}
+
+
+def test_weights_are_as_readable_as_any_file(capsys, trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run(capsys, "export", "--run", trained / "run", "--out", tmp_path / "out")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {
+        name: stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in ("model.safetensors", "config.json")
+    }
+    assert modes == {"model.safetensors": 0o640, "config.json": 0o640}
+
+
+def test_a_run_is_no_model_and_says_how_it_becomes_one(capsys, trained, tmp_path):
+    run_dir, data = trained / "run", ("--data", trained / "pairs.jsonl", "--out", tmp_path / "o")
+    for command in (("score", "--model", run_dir, *data), ("train", "--model", run_dir, *data), ("inspect", run_dir)):
+        status, text = run(capsys, *command)
+        assert status == 2 and f"{run_dir} is a run directory of mmrm train, no checkpoint folder" in text
+        assert f"mmrm export --run {run_dir} --out FOLDER" in text
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path):
@@ -287,7 +331,11 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     link = folder / "generation_config.json"
     link.symlink_to("../../blobs/0")
     checkpoint = open_checkpoint(folder)
-    assert companion_files(checkpoint, {}, same=True, layout="chat") == {"generation_config.json": b"{}"}
+    files = companion_files(checkpoint, {}, same=True, layout="chat")
+    assert files.pop("generation_config.json") == b"{}" and files.keys() == {
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    }
     link.unlink()
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     for name in ("generation_config.json", "special_tokens_map.json"):
@@ -308,17 +356,19 @@ def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
     score = ("score", "--model", MODEL_DIR, "--draw-score", 3, "--out", out, "--batch-size", 3, "--data")
     data.write_text("\n".join(map(json.dumps, rows)) + '\n{"\\ud800": 1}')
     status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
-    assert status == 0 and "3 scores of 2 rows" in text and "3 quarantined" in text
+    assert status == 0 and "3 scores of 2 rows" in text and "3 without a score" in text
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["id"], line.get("response"), "error" in line) for line in lines] == [
-        *(("v", "a", False), ("v", "b", False), ("v", None, True), ("cut", None, True), ("7", "c", False)),
+        *(("v", "a", False), ("v", "b", False), ("v", "", True), ("cut", "a", True), ("7", "c", False)),
         ("every-4", None, True),
     ]
     assert [line["img_path"] for line in lines if "score" in line] == ["./images/pairs-0.png"] * 2 + [None]
     assert json.loads((tmp_path / "summary.json").read_text())["errors"] == 3
     data.write_text(json.dumps(bad | {"img_path": "pairs.jsonl"}) + "\n{")
-    assert run(capsys, *score, data)[0] == 0
+    status, text = run(capsys, *score, data, "--json", tmp_path / "summary.json")
+    assert status == 2 and f"nothing in {data} could be scored; {out} says why" in text
     assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == [True, True]
+    assert json.loads((tmp_path / "summary.json").read_text())["scores"] == 0
     for extra, reason in (
         (("--batch-size", 0), "--batch-size is 0; it must be at least 1"),
         (("--buckets", 0), "--buckets is 0"),
@@ -331,10 +381,10 @@ def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
 
 def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     group = Group("a", "p", ("x", "y"), (), None, "e", "f.jsonl", 4)
-    assert write_lines(tmp_path / "s", [Scored(group, np.asarray([np.nan, 1.0]))])[:2] == (1, 1)
-    good, bad = map(json.loads, (tmp_path / "s").read_text().splitlines())
-    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["row"]) == ("a", 4)
-    assert "that of response 0 is nan" in bad["error"]
+    assert write_lines(tmp_path / "s", [finish(Scored(group, np.asarray([np.nan, 1.0])), None)])[:2] == (1, 1)
+    bad, good = map(json.loads, (tmp_path / "s").read_text().splitlines())
+    assert good["score"] == 1 and good["response"] == "y" and (bad["id"], bad["response"]) == ("a", "x")
+    assert "the model gives nan" in bad["error"]
 
 
 def test_a_model_without_a_score_head_is_scored_only_on_demand(capsys, trained, tmp_path):
@@ -373,6 +423,9 @@ def test_inspect_names_what_is_missing(capsys, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     problems = "\n".join(inspect_checkpoint(folder)["problems"])
     assert "missing: mlp1.1.bias" in problems and "unknown: extra" in problems and "tokenizer.json" in problems
+    status, text = run(capsys, "inspect", folder, "--json", tmp_path / "d.json")
+    assert status == 2 and "missing: mlp1.1.bias" in text and f"{folder} cannot be used as it is" in text
+    assert json.loads((tmp_path / "d.json").read_text())["problems"]
     (folder / "config.json").unlink()
     status, text = run(capsys, "inspect", folder)
     assert status == 2 and "config.json does not exist" in text

@@ -48,6 +48,14 @@ RESIZED = dataclasses.replace(MODEL, vision=dataclasses.replace(MODEL.vision, im
 LAYOUTS = [(name, layout) for name in VARIANTS for layout in ("chat", "native")]
 
 
+def test_what_the_native_layout_cannot_hold_is_said_in_words() -> None:
+    rope = dataclasses.replace(LONG, kind="yarn")
+    phi3 = dataclasses.replace(VARIANTS["phi3"], decoder=dataclasses.replace(DECODERS["phi3"], rope_scaling=rope))
+    for config, what in ((phi3, "a RoPE scaling of type yarn"), (RESIZED, "of 8 pixels resized for tiles of 16")):
+        with pytest.raises(ValueError, match=f"{what}; use the chat layout"):
+            config_to_native(config, image_token_id=7)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     save_params(tmp_path, MODEL, random_params(MODEL, 1))
@@ -282,7 +290,8 @@ def test_absent_fields_have_the_classes_defaults() -> None:
 def test_native_config_round_trip(name: str) -> None:
     config = VARIANTS[name]
     if config.decoder.family == "internlm2" or config.pixel_shuffle == "v1":
-        with pytest.raises(ValueError, match="use the chat layout"):
+        what = "an InternLM2 decoder" if config.decoder.family == "internlm2" else r"pixel shuffle v1 \(ps_version\)"
+        with pytest.raises(ValueError, match=f"cannot hold {what}; use the chat layout"):
             config_to_native(config, image_token_id=7)
         return
     hf = json.loads(json.dumps(config_to_native(config, image_token_id=7)))

@@ -249,7 +249,7 @@ def test_unusable_images_name_the_reason(tmp_path):
     jpeg = encoded(noise(64, 64), "JPEG")
     with pytest.raises(ImageError, match="nowhere.png does not exist"):
         load_image(tmp_path / "nowhere.png")
-    with pytest.raises(ImageError, match="cannot be decoded"):
+    with pytest.raises(ImageError, match="is a directory; name the file in it"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match="cannot be decoded: .*truncated"):
         load_image(jpeg[: len(jpeg) // 2])

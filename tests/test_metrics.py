@@ -331,3 +331,8 @@ def test_tables_for_the_terminal():
     assert f"\x1b[1m{100 * own:.1f}\x1b[0m" in printed  # i.i.d. in bold
     assert "[red]odd[/red]" in printed  # names are text, not markup
     assert "shortcut_aware − standard" in printed
+    undefined = {"measure": "sfd", "objective": "standard", "versus": None, "mean": None, "low": None, "high": None}
+    empty = {**rows[0], "accuracy": None, "accuracy_low": None, "accuracy_high": None}
+    for table in format_matrix([empty], [undefined | {"seeds": 1}], iid=IID):
+        console.print(table)
+    assert "– to –" not in output.getvalue() and "[–" not in output.getvalue()

@@ -116,6 +116,38 @@ def test_unknown_frozen_part_raises() -> None:
         split_params(random_params(MODEL, 0), BRANCHES, ("visoin",))
 
 
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (("vision", "projector", "decoder", "score"), "freeze leaves primary and proxy nothing to train"),
+        (("decoder", "score"), "freeze leaves proxy nothing to train; the model's parts are decoder, projector, score"),
+    ],
+)
+def test_a_branch_with_nothing_to_train_raises(freeze, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_params(random_params(MODEL, 0), BRANCHES, freeze)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("learning_rate", -1e-5, "above 0 and finite"),
+        ("learning_rate", 0.0, "above 0 and finite"),
+        ("learning_rate", math.nan, "above 0 and finite"),
+        ("b1", 1.0, "at least 0 and below 1"),
+        ("b2", -0.1, "at least 0 and below 1"),
+        ("eps", -1e-8, "at least 0 and finite"),
+        ("weight_decay", -0.1, "at least 0 and finite"),
+        ("clip_norm", 0.0, "above 0"),
+        ("clip_norm", -1.0, "above 0"),
+        ("warmup_fraction", 1.5, "from 0 to 1"),
+    ],
+)
+def test_settings_that_no_optimizer_has(field, value, rule) -> None:
+    with pytest.raises(ValueError, match=f"OptimizerConfig.{field} is {value}; it must be {rule}"):
+        OptimizerConfig(**{field: value})
+
+
 def test_frozen_parameters_have_no_moments() -> None:
     optimizer = make_optimizer(OptimizerConfig(), 10)
     state = create_state(random_params(MODEL, 0), BRANCHES, ("vision", "score"), optimizer, seed=0)

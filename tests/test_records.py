@@ -51,6 +51,12 @@ def test_pairwise_row(write, tmp_path):
     assert quarantined == []
 
 
+def test_what_has_a_meaning_is_not_refused(write):
+    """A blank prompt beside an image asks about the image alone; the margin of a tie is not read."""
+    groups, quarantined = read_groups(write({**PAIR, "prompt": ""}, {**PAIR, "margin": -1, "tie": True}))
+    assert [group.prompt for group in groups] == ["", "p"] and quarantined == []
+
+
 def test_image_root_and_environment(write, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "j.png").write_bytes(b"")
@@ -183,28 +189,6 @@ def test_random_vlfeedback_rows_lose_nothing(write):
         assert len(group.comparisons) + len(reasons) == len(pairs)
 
 
-def test_scoring_reads_every_response_whatever_is_compared(write):
-    rated = completions(("same", ("5",)), ("same", ("4",)), ("unrated", ("N/A",)), (" ", ("2",)), (None, ("1",)))
-    tied = completions(("a", ("3",)), ("b", ("3",)))
-    alike = {**PAIR, "chosen": "x", "rejected": "x", "margin": "no number"}
-    scored = {"prompt": "p", "img_path": "./i.png", "responses": ["x", ""]}
-    path = write(
-        vlfeedback(rated), vlfeedback(tied), alike, scored, vlfeedback([]), {**PAIR, "chosen": ""} | {"rejected": 3}
-    )
-    groups, quarantined = read_groups(path, comparisons=False)
-    assert [g.responses for g in groups] == [("same", "same", "unrated"), ("a", "b"), ("x", "x"), ("x",)]
-    assert not any(g.comparisons for g in groups)
-    assert [g.image_name for g in groups] == ["i.png", "i.png", "i.png", "./i.png"]
-    assert [(q.row, q.reason.split(";")[0].split(" has ")[0]) for q in quarantined] == [
-        (1, "empty response: 'completions[3].response'"),
-        (1, "wrong type: 'completions[4].response' is a null"),
-        (4, "empty response: 'responses[1]'"),
-        (5, "no responses: there is nothing to score"),
-        (6, "empty response: 'chosen'"),
-    ]
-    assert read_groups(write("{", ""), comparisons=False)[0] == []
-
-
 BAD_ROWS = {
     "broken line": ('{"prompt": "p", ', "broken JSON line: Expecting property name"),
     "nested": ("[" * 100_000, "broken JSON line: maximum recursion depth"),
@@ -222,7 +206,15 @@ BAD_ROWS = {
         {"prompt": "p", "response": ["x"]},
         "nearest format is scoring input, which also needs",
     ),
-    "prompt missing": ({**{k: v for k, v in PAIR.items() if k != "prompt"}, "promt": "p"}, "it by 'promt'?)"),
+    "prompt blank": (
+        {**PAIR, "prompt": " \n", "img_path": None},
+        "empty prompt: 'prompt' has no text, and there is no",
+    ),
+    "image a folder": ({**PAIR, "img_path": "."}, "which is a directory; name the file in it"),
+    "prompt missing": (
+        {**{k: v for k, v in PAIR.items() if k != "prompt"}, "promt": "p"},
+        "missing field: the row has no 'prompt' (did you mean it by 'promt'?); fields found: chosen, id,",
+    ),
     "prompt type": ({**PAIR, "prompt": ["p"]}, "wrong type: 'prompt' is a list; it must be a text"),
     "image missing": ({k: v for k, v in PAIR.items() if k != "img_path"}, 'a text-only record says "img_path": null'),
     "image type": ({**PAIR, "img_path": 3}, "wrong type: 'img_path' is 3"),
@@ -238,6 +230,7 @@ BAD_ROWS = {
     "identical": ({**PAIR, "chosen": "same", "rejected": "same"}, "identical responses"),
     "margin type": ({**PAIR, "margin": "1"}, "wrong type: 'margin' is '1'"),
     "margin infinite": ({**PAIR, "margin": float("inf")}, "wrong type: 'margin' is inf"),
+    "margin negative": ({**PAIR, "margin": -0.5}, "negative margin: 'margin' is -0.5, but 'chosen' is the better one"),
     "margin huge": ({**PAIR, "margin": 10**400}, "wrong type: 'margin'"),
     "tie type": ({**PAIR, "tie": 1}, "wrong type: 'tie' is 1"),
     "no responses": ({"prompt": "p", "img_path": None, "responses": []}, "wrong type: 'responses'"),
@@ -288,6 +281,11 @@ def test_unusable_files_raise_and_name_the_file(write, tmp_path):
         read_groups(tmp_path / "latin.jsonl")
     with pytest.raises(DataError, match=r"cut\.json is not a valid JSON list"):
         read_groups(write('[{"prompt": ', name="cut.json"))
+    for rows in ([json.dumps([PAIR, PAIR])], json.dumps([PAIR, PAIR], indent=1).split("\n")):
+        with pytest.raises(
+            DataError, match=r"one JSON list of rows.*rename it to list\.json, or write one object a line"
+        ):
+            read_groups(write(*rows, name="list.jsonl"))
     with pytest.raises(DataError, match="holds no rows"):
         read_groups(write("", "  "))
     with pytest.raises(DataError, match=r"(?s)holds no usable row.*2 x missing image.*1 x broken JSON line.*row 1"):

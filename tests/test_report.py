@@ -141,8 +141,8 @@ def test_report_has_everything_and_needs_no_network(tmp_path, data):
         "SFC over training", "Comparisons with the highest and lowest SFC", "How it was run",
         "mmrm quickstart --seeds 3",
         "0.10.2", "image not found", "Rows that could not be used: 3", "3 seeds",
-        "The text-only shortcut fails here: without the image the model is wrong, with it right.",
-        "Text alone is enough here: without the image the model is right",
+        "With the image right, from text alone wrong; the image model fits the label better, so this comparison weighs",
+        "Both models are right; the text-only model fits the label better, so this comparison weighs less.",
         "All numbers", "Show 108 rows", "hedged, seeds 0, 1, 2",
     ):  # fmt: skip
         assert part in page.text, part
@@ -279,11 +279,34 @@ def summary(mean, low, high, *, seeds=3, base=0.6):
         ((0.01, -0.01, 0.03), "made no measurable difference to accuracy out of distribution: from 60.0 to 61.0 %"),
         ((0.0, 0.0, 0.0), "made no measurable difference"),
         ((0.2, None, None), "made no measurable difference"),
+        ((0.2, None, None), "(+20.0 points, too few images for an interval)"),
     ],
 )  # fmt: skip
 def test_headline_says_what_was_measured(numbers, sentence):
     (first,) = headline(summary(*numbers))
     assert first.startswith("Shortcut-aware training ") and sentence in first
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ending"),
+    [
+        (0.4, 0.49, "+6.0). That is worse than guessing (50 %)."),
+        (0.4, 0.51, "+6.0). That may be no better than guessing (50 %)."),
+        (0.51, 0.6, "+6.0)."),
+    ],
+)
+def test_headline_does_not_boast_of_guessing(low, high, ending):
+    rows = summary(0.05, 0.04, 0.06, base=0.4)
+    rows[1] |= {"low": low, "high": high}
+    first = headline(rows)[0]
+    assert "raised accuracy out of distribution: from 40.0 to 45.0 %" in first and first.endswith(ending)
+
+
+def test_runs_too_short_for_a_chart_say_so(tmp_path, data):
+    short = [dataclasses.replace(h, steps=h.steps[:1], counts=h.counts[:1]) for h in data.sfc_histories]
+    curves = [dataclasses.replace(c, steps=c.steps[:1], values=c.values[:1]) for c in data.curves]
+    page = Page(written(tmp_path, dataclasses.replace(data, sfc_histories=short, curves=curves, examples=(), rows=())))
+    assert page.all("img") == [] and page.text.count("so short that they logged once") == 2
 
 
 def test_headline_of_partial_results():
@@ -319,11 +342,11 @@ def test_heat_map_colours_follow_the_numbers():
 @pytest.mark.parametrize(
     ("sfc", "proxy", "finding"),
     [
-        (0.9, -1.0, "The text-only shortcut fails here: without the image the model is wrong, with it right."),
-        (0.6, 1.0, "Text alone does worse here: without the image the model is right, with it right."),
-        (0.1, 1.0, "Text alone is enough here"),
-        (0.4, 0.0, "Text alone does better here: without the image the model is undecided"),
-        (0.5, 1.0, "Both do equally well here"),
+        (0.9, -1.0, "With the image right, from text alone wrong; the image model fits the label better, so"),
+        (0.6, 1.0, "Both models are right; the image model fits the label better, so this comparison weighs more."),
+        (0.1, 1.0, "Both models are right; the text-only model fits the label better, so this comparison weighs less."),
+        (0.4, 0.0, "With the image right, from text alone undecided; the text-only model"),
+        (0.5, 1.0, "Both models are right; both fit the label equally well."),
     ],
 )
 def test_examples_say_what_their_margins_mean(tmp_path, sfc, proxy, finding):

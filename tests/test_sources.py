@@ -135,10 +135,16 @@ def test_prepare_refuses_what_it_cannot_do(folder):
     with pytest.raises(DataError, match="no files"):
         prepare([], folder / "a")
     (folder / "sub").mkdir()
-    with pytest.raises(DataError, match="both become split 'good'"):
-        prepare([good, folder / "sub" / "good.jsonl"], folder / "a")
+    assert "bad.png" in (folder / "a" / "quarantine.jsonl").read_text()
+    other = folder / "sub" / "good.jsonl"
+    with pytest.raises(DataError, match=rf"both become split 'good': .* good={good} good_2={other}$"):
+        prepare([good, other], folder / "a")
     with pytest.raises(DataError, match="letters, digits"):
         prepare({"a b": good}, folder / "a")
+    other.write_text(good.read_text())
+    odd = write(folder / "odd=name.jsonl", pair(0, "0.png"))
+    reports = prepare([f"good={good}", f"other={other}", odd], folder / "named", image_root=folder).reports
+    assert [(r.split, r.file) for r in reports] == [("good", good), ("other", other), ("odd_name", odd)]
     prepare([good], folder / "a")
     with pytest.raises(DataError, match="already holds"):
         prepare([good], folder / "a")

@@ -56,31 +56,28 @@ class Format:
     responses: Callable[[Row], list[tuple[str, Any]]]
 
 
-def parse_row(row: Any, origin: Origin, *, comparisons: bool = True) -> Parsed:
-    """The group of a row, with its comparisons, or without them but with every response that is a text.
+def parse_row(row: Any, origin: Origin) -> Parsed:
+    """The group of a row with its comparisons. Raises RowError for a row that cannot be used."""
+    return _format_of(row).parse(row, origin)
 
-    Raises RowError for a row that cannot be used.
-    """
+
+def list_responses(row: Any) -> list[tuple[str, Any]]:
+    """(field, value) of every response of a row, unchecked. Raises RowError where they cannot be told."""
+    return _format_of(row).responses(row)
+
+
+def _format_of(row: Any) -> Format:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError(f"not an object: the row is a JSON {_type_name(row)}; it must be an object with named fields")
+        raise RowError(
+            f"not an object: the row is a JSON {_type_name(row)}; it must be one object with named fields, "
+            'such as {"prompt": ...}'
+        )
     for form in _FORMATS:
         if all(field in row for field in form.fields):
-            return form.parse(row, origin) if comparisons else _responses_alone(form.responses(row), row, origin)
+            return form
     raise RowError(_unknown_format(row))
-
-
-def _responses_alone(responses: Sequence[tuple[str, Any]], row: Row, origin: Origin) -> Parsed:
-    kept, dropped = [], []
-    for field, value in responses:
-        try:
-            kept.append(_response(value, field))
-        except RowError as error:
-            dropped.append(str(error))
-    if not kept:
-        raise RowError("; ".join(dropped) or "no responses: there is nothing to score")
-    return Parsed(_group(row, origin, tuple(kept), ()), tuple(dropped))
 
 
 def _unknown_format(row: Row) -> str:
@@ -88,19 +85,20 @@ def _unknown_format(row: Row) -> str:
     nearest = max(
         _FORMATS, key=lambda form: sum(_guess(field, row) is not None for field in form.fields) / len(form.fields)
     )
-    missing = [field for field in nearest.fields if field not in row]
-    found = ", ".join(sorted(row)) or "none"
-    return f"unknown format: fields found: {found}; the nearest format is {nearest.name}, {_missing(missing, row)}"
+    missing = " and ".join(_named(field, row) for field in nearest.fields if field not in row)
+    return (
+        f"unknown format: fields found: {_found(row)}; the nearest format is {nearest.name}, which also needs {missing}"
+    )
 
 
-def _missing(fields: Sequence[str], row: Row) -> str:
-    """ "which lacks 'chosen' (did you mean it by 'choosen'?)"."""
-    guesses = {field: _guess(field, row) for field in fields}
-    named = [
-        f"'{field}'" + (f" (did you mean it by '{guess}'?)" if guess and guess != field else "")
-        for field, guess in guesses.items()
-    ]
-    return f"which also needs {' and '.join(named)}"
+def _named(field: str, row: Row) -> str:
+    """A missing field: "'chosen' (did you mean it by 'choosen'?)"."""
+    guess = _guess(field, row)
+    return f"'{field}'" + (f" (did you mean it by '{guess}'?)" if guess and guess != field else "")
+
+
+def _found(row: Row) -> str:
+    return ", ".join(sorted(row)) or "none"
 
 
 def _guess(field: str, row: Row) -> str | None:
@@ -110,21 +108,26 @@ def _guess(field: str, row: Row) -> str | None:
 
 def _pairwise(row: Row, origin: Origin) -> Parsed:
     """The authors' pairs: `id, prompt, img_path, chosen, rejected`; optional `margin` (number) and `tie` (boolean)."""
-    chosen, rejected = _response(row["chosen"], "chosen"), _response(row["rejected"], "rejected")
+    chosen, rejected = check_response(row["chosen"], "chosen"), check_response(row["rejected"], "rejected")
     margin, tie = row.get("margin", 0.0), row.get("tie", False)
     target = None if isinstance(margin, bool | str) else _number(margin)
     if target is None:
         raise RowError(f"wrong type: 'margin' is {margin!r:.50}; it must be a finite number, or be left out")
     if not isinstance(tie, bool):
         raise RowError(f"wrong type: 'tie' is {tie!r:.50}; it must be true or false, or be left out")
+    if target < 0 and not tie:  # the margin of a tie is not read
+        raise RowError(
+            f"negative margin: 'margin' is {margin!r:.50}, but 'chosen' is the better one; it must be 0 or more, or be "
+            "left out: are 'chosen' and 'rejected' the right way round?"
+        )
     if chosen == rejected:
         raise RowError("identical responses: 'chosen' and 'rejected' are the same text; a comparison needs two")
-    return Parsed(_group(row, origin, (chosen, rejected), (Comparison(0, 1, target, tie),)))
+    return Parsed(make_group(row, origin, (chosen, rejected), (Comparison(0, 1, target, tie),)))
 
 
 def _scoring(row: Row, origin: Origin) -> Parsed:
     """Scoring input: `prompt, img_path, responses`; a group without comparisons."""
-    return Parsed(_group(row, origin, tuple(_response(value, field) for field, value in _listed(row)), ()))
+    return Parsed(make_group(row, origin, tuple(check_response(value, field) for field, value in _listed(row)), ()))
 
 
 def _listed(row: Row) -> list[tuple[str, Any]]:
@@ -150,7 +153,7 @@ def _vlfeedback(row: Row, origin: Origin) -> Parsed:
         raise RowError(_no_comparisons(ratings, dropped[ratings.count(None) :]))
     used = sorted(set(itertools.chain.from_iterable(kept)))
     comparisons = tuple(Comparison(used.index(winner), used.index(loser)) for winner, loser in kept)
-    return Parsed(_group(row, origin, tuple(responses[i] for i in used), comparisons), tuple(dropped))
+    return Parsed(make_group(row, origin, tuple(responses[i] for i in used), comparisons), tuple(dropped))
 
 
 def _completed(row: Row) -> list[tuple[str, Any]]:
@@ -221,7 +224,7 @@ def _completions(value: Any) -> list[tuple[Any, Any]]:
 def _pair_problem(responses: Sequence[Any], winner: int, loser: int) -> str | None:
     """Why two completions cannot be compared, if so."""
     try:
-        first, second = (_response(responses[i], f"completions[{i}].response") for i in (winner, loser))
+        first, second = (check_response(responses[i], f"completions[{i}].response") for i in (winner, loser))
     except RowError as error:
         return str(error)
     if first == second:
@@ -240,17 +243,24 @@ def _no_comparisons(ratings: Sequence[float | None], dropped: Sequence[str]) -> 
 # ---- fields
 
 
-def _group(row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]) -> Group:
+def make_group(row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]) -> Group:
+    """The group of a row's own prompt and image. Raises RowError where one of them cannot be used.
+
+    A prompt may be blank beside an image, which is then all that is asked about, and not without one.
+    """
+    prompt, image = _prompt(row), _image(row, origin)
+    if image is None and not prompt.strip():
+        raise RowError("empty prompt: 'prompt' has no text, and there is no image either; remove the row or fill it in")
     return Group(
         id=identity(row, origin),
-        prompt=_prompt(row),
+        prompt=prompt,
         responses=responses,
         comparisons=comparisons,
-        image=_image(row, origin),
+        image=image,
         environment=origin.environment,
         file=str(origin.file),
         row=origin.row,
-        image_name=row[field] if (field := _image_field(row)) else None,
+        image_name=row[field] if (field := image_field(row)) else None,
     )
 
 
@@ -264,18 +274,16 @@ def identity(row: Row, origin: Origin) -> str:
 
 def _prompt(row: Row) -> str:
     if "prompt" not in row:
-        raise RowError(
-            f"missing field: fields found: {', '.join(sorted(row))}; this is a format {_missing(['prompt'], row)}"
-        )
+        raise RowError(f"missing field: the row has no {_named('prompt', row)}; fields found: {_found(row)}")
     return _text(row["prompt"], "prompt")
 
 
 def _image(row: Row, origin: Origin) -> Path | None:
     """The path in `img_path` or `image`, checked to exist; None where the field is null."""
-    field = _image_field(row)
+    field = image_field(row)
     if field is None:
         raise RowError(
-            f"missing field: fields found: {', '.join(sorted(row))}; this is a format {_missing(['img_path'], row)}; "
+            f"missing field: the row has no {_named('img_path', row)}; fields found: {_found(row)}; "
             'a text-only record says "img_path": null'
         )
     value = row[field]
@@ -286,17 +294,20 @@ def _image(row: Row, origin: Origin) -> Path | None:
     path = origin.image_root / value
     # os.path and not Path.is_file, which raises for names that are too long.
     if not os.path.isfile(path):
-        raise RowError(
-            f"missing image file: '{field}' points to {path}, which does not exist; is the image root right?"
+        problem = (
+            "is a directory; name the file in it" if os.path.isdir(path) else "does not exist; is the image root right?"
         )
+        raise RowError(f"missing image file: '{field}' points to {path}, which {problem}")
     return path
 
 
-def _image_field(row: Row) -> str | None:
+def image_field(row: Row) -> str | None:
+    """The field that a row names its image in, if it has one."""
     return next((name for name in ("img_path", "image") if name in row), None)
 
 
-def _response(value: Any, field: str) -> str:
+def check_response(value: Any, field: str) -> str:
+    """The response in a field. Raises RowError where it is no text, or an empty one."""
     text = _text(value, field)
     if not text.strip():
         raise RowError(f"empty response: '{field}' has no text; remove the row or fill it in")

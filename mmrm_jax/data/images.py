@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from mmrm_jax.data.folder import why
+
 MAX_PIXELS = 50_000_000
 
 # The largest settings that make sense; every image's time and memory grow with them.
@@ -113,10 +115,12 @@ def _opened(image: Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise ImageError(f"{name} does not exist") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a directory; name the file in it") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is none of {', '.join(FORMATS)}, or its header is damaged") from error
     except DECODE_ERRORS as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+        raise ImageError(f"{name} cannot be decoded: {why(error)}") from error
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -1,12 +1,34 @@
-"""A quarantine file that several processes add to: each has a file of its own until they are merged."""
+"""Quarantine files: kept where nothing is left to use, and added to by several processes, each in a file of its own."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from mmrm_jax.data.records import read_quarantine, write_quarantine
+from mmrm_jax.data.records import DataError, read_quarantine, write_quarantine
 from mmrm_jax.distributed import barrier, is_main, other_files
 from mmrm_jax.types import Quarantined
+
+
+def refused_file(run_dir: Path) -> Path:
+    """Where a command that cannot begin in `run_dir` says why; a run that is there already keeps its own record."""
+    began = (run_dir / "config.json").exists()
+    return run_dir / ("quarantine-refused.jsonl" if began else "quarantine.jsonl")
+
+
+@contextlib.contextmanager
+def keep_quarantine(path: Path) -> Iterator[None]:
+    """Write what a DataError of the block has quarantined to `path`, and name that file in the error."""
+    try:
+        yield
+    except DataError as error:
+        if not error.quarantined:
+            raise
+        if is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_quarantine(path, error.quarantined)
+        raise DataError(f"{error}\nall of them: {path}") from error
 
 
 def clear_quarantine(path: Path) -> None:

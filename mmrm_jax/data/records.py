@@ -12,12 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrm_jax.data.folder import why
 from mmrm_jax.data.formats import Origin, RowError, identity, parse_row
 from mmrm_jax.types import Group, Quarantined
 
 
 class DataError(ValueError):
-    """A data file or data set that cannot be used at all."""
+    """A data file or data set that cannot be used at all; `quarantined` says why, row by row, where that is known."""
+
+    def __init__(self, message: str, quarantined: Sequence[Quarantined] = ()):
+        super().__init__(message)
+        self.quarantined = tuple(quarantined)
 
 
 def read_groups(
@@ -25,31 +30,29 @@ def read_groups(
     *,
     image_root: str | Path | None = None,
     environment: str | None = None,
-    comparisons: bool = True,
 ) -> tuple[list[Group], list[Quarantined]]:
     """Read a JSONL file (or a `.json` file holding a list) of preference or scoring records.
 
     The format is recognised row by row: the authors' pairs, VLFeedback, or scoring input (groups without comparisons).
     Image paths are relative to `image_root`, by default the file's folder; they are checked to exist, and not opened.
-    `environment` defaults to the file's stem. Without `comparisons` every response of a row is read and none is
-    compared, for scoring. Raises DataError where the file cannot be read and, with `comparisons`, where no row of it
-    can be used.
+    `environment` defaults to the file's stem. Raises DataError where the file cannot be read or no row of it can be
+    used.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     groups: list[Group] = []
     quarantined: list[Quarantined] = []
-    for number, row in _rows(path):
+    for number, row in read_rows(path):
         origin = Origin(path, number, root, path.stem if environment is None else environment)
         name = identity(row, origin) if isinstance(row, dict) else None
         try:
-            parsed = parse_row(row, origin, comparisons=comparisons)
+            parsed = parse_row(row, origin)
         except RowError as error:
             quarantined.append(Quarantined(str(path), number, str(error), name))
             continue
         quarantined += [Quarantined(str(path), number, reason, name) for reason in parsed.dropped]
         groups.append(parsed.group)
-    if comparisons and not groups:
+    if not groups:
         raise nothing_usable(path, quarantined)
     return groups, quarantined
 
@@ -58,7 +61,8 @@ def nothing_usable(path: Path, quarantined: Sequence[Quarantined]) -> DataError:
     """The error for a file without a single usable row; it lists the reasons."""
     if not quarantined:
         return DataError(f"{path} holds no rows")
-    return DataError(f"{path} holds no usable row.\n{summarise_quarantine(quarantined)}\n{_described(quarantined[0])}")
+    reasons = f"{summarise_quarantine(quarantined)}\n{_described(quarantined[0])}"
+    return DataError(f"{path} holds no usable row.\n{reasons}", quarantined)
 
 
 def write_quarantine(path: str | Path, entries: Iterable[Quarantined]) -> None:
@@ -76,7 +80,7 @@ def read_quarantine(path: str | Path) -> list[Quarantined]:
     return list(dict.fromkeys(Quarantined(**json.loads(line)) for line in lines))
 
 
-def summarise_quarantine(entries: Sequence[Quarantined]) -> str:
+def summarise_quarantine(entries: Sequence[Quarantined], what: str = "quarantined") -> str:
     """A short summary for people: how many entries of each kind, the most frequent first, with one example each."""
     if not entries:
         return "nothing quarantined"
@@ -85,7 +89,7 @@ def summarise_quarantine(entries: Sequence[Quarantined]) -> str:
     lines = [
         f"  {count} x {kind} (first: {first[kind].file} row {first[kind].row})" for kind, count in kinds.most_common()
     ]
-    return "\n".join([f"{len(entries)} quarantined:", *lines])
+    return "\n".join([f"{len(entries)} {what}:", *lines])
 
 
 def quarantine_kind(entry: Quarantined) -> str:
@@ -106,8 +110,11 @@ def raise_first(entries: Sequence[Quarantined]) -> None:
 # ---- files to rows
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(1-based row, parsed JSON value) of each row; a RowError in place of the value where a line is broken."""
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(1-based row, parsed JSON value) of each row; a RowError in place of the value where a line is broken.
+
+    Raises DataError where the file cannot be read.
+    """
     text = _read_text(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
@@ -115,10 +122,24 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not a valid JSON list: {error}") from error
         return
+    if _is_list(text):
+        raise DataError(
+            f"{path} is one JSON list of rows, which is read from files named *.json: rename it to {path.stem}.json, "
+            "or write one object a line"
+        )
     # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _parse_line(line)
+
+
+def _is_list(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        return isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_line(line: str) -> Any:
@@ -139,4 +160,4 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {why(error)}") from error

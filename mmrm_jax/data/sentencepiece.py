@@ -16,6 +16,8 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from mmrm_jax.data.folder import why
+
 SPACE = "▁"  # U+2581 stands for a space inside a model
 
 _NORMAL, _USER_DEFINED = 1, 4
@@ -68,7 +70,7 @@ def read_sentencepiece(file: Path) -> SentencePiece:
     try:
         model.ParseFromString(file.read_bytes())
     except (OSError, DecodeError) as error:
-        raise ValueError(f"{file} cannot be read as a SentencePiece model: {error}") from error
+        raise ValueError(f"{file} cannot be read as a SentencePiece model: {why(error)}") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if not model.pieces:
         raise ValueError(f"{file} cannot be read as a SentencePiece model: it has no pieces")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmrm_jax.data.folder import why
 from mmrm_jax.data.records import DataError, read_groups
 from mmrm_jax.types import Group, Quarantined
 
@@ -70,13 +71,11 @@ def open_source(
     *,
     image_root: str | Path | None = None,
     environment: str | None = None,
-    comparisons: bool = True,
 ) -> tuple[GroupSource, list[Quarantined]]:
     """Open a preference file, or one split of a directory that `mmrm prepare` or a builder wrote.
 
-    `split` may be left out where the data set has only one; `image_root`, `environment` and `comparisons` (as in
-    `read_groups`) apply to files alone. The quarantined rows are those of this reading: a prepared data set has none
-    left, its own are in `quarantine.jsonl`.
+    `split` may be left out where the data set has only one; `image_root` and `environment` apply to files alone. The
+    quarantined rows are those of this reading: a prepared data set has none left, its own are in `quarantine.jsonl`.
     Raises DataError naming what is missing.
     """
     path = Path(path)
@@ -86,7 +85,7 @@ def open_source(
         return _open_prepared(path, split), []
     if split is not None:
         raise DataError(f"{path} is no directory: split {split!r} applies to prepared data sets only")
-    groups, quarantined = read_groups(path, image_root=image_root, environment=environment, comparisons=comparisons)
+    groups, quarantined = read_groups(path, image_root=image_root, environment=environment)
     return MemorySource(tuple(groups)), quarantined
 
 
@@ -136,7 +135,7 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(identities)}
     order = sorted(draws, key=lambda identity: draws[identity])
     if fraction > 0 and len(order) < 2:
-        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set the fraction to 0")
+        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
     drawn = sum(draw < fraction for draw in draws.values())
     count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
     held_out = set(order[:count])
@@ -158,7 +157,8 @@ def group_identity(group: Group, known: dict[Path, str]) -> str:
         try:
             known[group.image] = "image:" + _digest(group.image.read_bytes())
         except OSError as error:
-            raise DataError(f"{group.file} row {group.row}: image {group.image} cannot be read: {error}") from error
+            reason = f"image {group.image} cannot be read: {why(error)}"
+            raise DataError(f"{group.file} row {group.row}: {reason}") from error
     return known[group.image]
 
 

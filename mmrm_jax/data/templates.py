@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmrm_jax.data.folder import read_object, read_optional
+from mmrm_jax.data.folder import read_object, read_optional, why
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -186,7 +186,7 @@ def _chat_template(path: Path) -> tuple[Path, str]:
         try:
             return jinja, jinja.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{jinja} cannot be read: {error}") from error
+            raise ValueError(f"{jinja} cannot be read: {why(error)}") from error
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         text = read_optional(path / name).get("chat_template")
         if isinstance(text, str):

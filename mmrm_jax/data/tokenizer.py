@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mmrm_jax.data.folder import read_object, read_optional
+from mmrm_jax.data.folder import read_object, read_optional, why
 from mmrm_jax.data.sentencepiece import SPACE, build_tokenizer, read_sentencepiece
 
 # Everything that says how a checkpoint turns text into ids.
@@ -175,7 +175,7 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {why(error)}") from error
     merges = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):

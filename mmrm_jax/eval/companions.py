@@ -9,7 +9,7 @@ from typing import Any
 
 from mmrm_jax.data.folder import read_object, read_optional
 from mmrm_jax.data.images import Preprocessing
-from mmrm_jax.data.templates import IMAGE_CONTEXT, Template, spell
+from mmrm_jax.data.templates import IMAGE_CONTEXT, IMAGE_PLACEHOLDER, Template, spell
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
 from mmrm_jax.models.hf.names import CheckpointLayout
 from mmrm_jax.train.setup import Checkpoint
@@ -29,8 +29,9 @@ def companion_files(
 ) -> dict[str, bytes]:
     """Name -> content of all that belongs beside weights, `config.json` (to be `hf`), tokenizer and our own settings.
 
-    In the `same` layout the base folder's own files, in another one made from the processor. Raises ValueError where a
-    file to copy, the tokenizer's among them, is a link out of the folder, and for what the layout has no form for.
+    In the `same` layout the base folder's own files, in another one made from the processor; so is, in the chat layout,
+    what the base lacks. Raises ValueError where a file to copy, the tokenizer's among them, is a link out of the
+    folder, and for what the layout has no form for.
     """
     folder, processor = checkpoint.path, checkpoint.processor
     names = [name for name in COMPANIONS if (folder / name).exists()] if same else []
@@ -39,17 +40,27 @@ def companion_files(
         names += sorted(file.name for file in folder.glob("*.py"))
     _check_links(folder, [*names, "config.json", *(n for n in TOKENIZER_FILES if (folder / n).exists())])
     files = {name: (folder / name).read_bytes() for name in names}
-    if same:
-        return files | (_with_tiling(folder, names, processor.preprocessing) if layout == "native" else {})
     if layout == "chat":
-        return files | {"preprocessor_config.json": _bytes(_chat_images(processor.preprocessing))}
+        made = {"preprocessor_config.json": _bytes(_chat_images(processor.preprocessing))}
+        if not any(_has_template(folder, name) for name in ("tokenizer_config.json", *names)):
+            made["chat_template.jinja"] = chat_template(processor.chat.template, IMAGE_PLACEHOLDER).encode()
+        return made | files
+    if same:
+        return files | _with_tiling(folder, names, processor.preprocessing)
     return files | {
         "preprocessor_config.json": _bytes(_native_images(processor.preprocessing)),
         "processor_config.json": _bytes(
             {"image_seq_length": checkpoint.config.visual_tokens_per_tile, "processor_class": "InternVLProcessor"}
         ),
-        "chat_template.jinja": chat_template(processor.chat.template).encode(),
+        "chat_template.jinja": chat_template(processor.chat.template, IMAGE_CONTEXT).encode(),
     }
+
+
+def _has_template(folder: Path, name: str) -> bool:
+    """Whether a file of the folder's is or holds a chat template, where transformers looks for one."""
+    return name == "chat_template.jinja" or (
+        name in ("chat_template.json", "tokenizer_config.json") and "chat_template" in read_optional(folder / name)
+    )
 
 
 def missing_code(folder: Path, hf: dict[str, Any]) -> list[str]:
@@ -61,8 +72,8 @@ def missing_code(folder: Path, hf: dict[str, Any]) -> list[str]:
     return sorted(file for file in files if not (folder / file).exists())
 
 
-def chat_template(template: Template) -> str:
-    """Jinja for one user turn and one assistant turn, as transformers renders it."""
+def chat_template(template: Template, image: str) -> str:
+    """Jinja for one user turn and one assistant turn, as transformers renders it; `image` stands for an image."""
     before, between, after = (
         json.dumps(spell(pieces), ensure_ascii=False)
         for pieces in (template.before_prompt, template.before_response, template.after_response)
@@ -70,7 +81,7 @@ def chat_template(template: Template) -> str:
     trim = " | trim" if template.strip else ""
     content = (
         "{% if message['content'] is string %}{{ message['content']" + trim + " }}{% else %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '" + IMAGE_CONTEXT + "\\n' }}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '" + image + "\\n' }}"
         "{% elif part['type'] == 'text' %}{{ part['text']" + trim + " }}{% endif %}{% endfor %}{% endif %}"
     )
     return (

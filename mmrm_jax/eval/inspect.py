@@ -16,12 +16,11 @@ from rich.table import Table
 from mmrm_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
-from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.names import PROXY_PREFIX, checkpoint_layout
 from mmrm_jax.models.hf.tensors import open_tensors, value_head_bias, weight_files
 from mmrm_jax.models.hf.weights import checkpoint_problems, unused_tensors
 from mmrm_jax.models.sizes import INTERNVL2
-from mmrm_jax.train.setup import processor_problems
+from mmrm_jax.train.setup import processor_problems, read_model
 from mmrm_jax.train.state import abstract_model
 
 
@@ -31,7 +30,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     "problems" lists whatever keeps `mmrm train` or `mmrm score` from using the folder. Raises ValueError where `path`
     is no checkpoint folder at all: without a configuration that can be read nothing else can be said.
     """
-    config = read_config(path)
+    config = read_model(path)
     return {
         "path": str(path),
         "decoder": config.decoder.family,

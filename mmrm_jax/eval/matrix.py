@@ -16,11 +16,12 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import RESUMABLE, MatrixConfig, TrainConfig, to_json
+from mmrm_jax.data.quarantine import keep_quarantine, refused_file
 from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
-from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data
+from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
 from mmrm_jax.eval.metrics import CellScores
-from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
@@ -35,6 +36,7 @@ from mmrm_jax.train.setup import (
 )
 from mmrm_jax.types import Quarantined
 
+PATHS = ("model", "image_root")  # settings of a matrix that are a run's too
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
 # Settings that a finished cell does not depend on.
 FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
@@ -107,16 +109,23 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     check_matrix(config)
     model = config.model or MODEL_DIR
     checkpoint = open_checkpoint(model, config.train.data)
-    sources = open_data(config)
-    resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
-    check_config(config.out, resolved, ignore=FREE)
-    data = load_data(config, sources, checkpoint, console)
+    with keep_quarantine(refused_file(config.out)):
+        sources = open_data(config)
+        resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
+        check_config(config.out, resolved, ignore=FREE)
+        data = load_data(config, sources, checkpoint, console)
+    for objective in trained_objectives(config.objectives):  # whose set-up may fail too
+        build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), 1)
     write_config(config.out, resolved)
     console.print(describe_data([*data.train.values(), *data.test.values()], data.buckets))
+    rate, option = config.train.optimizer.learning_rate, "--train.optimizer.learning-rate"
+    if config.model is None and (note := rate_note(rate, option)):
+        console.print(note, style="yellow")
     if data.quarantined:
         console.print(summarise_quarantine(data.quarantined))
     write_quarantine(config.out / "quarantine.jsonl", data.quarantined)
     cells = all_cells(config, list(data.train))
+    write_settings(config, data, cells, resolved["fingerprints"])
     run_shares(config, checkpoint, data, share_out(cells, config.jobs), console)
     results = [read_cell(config.out / "cells" / cell.name, cell) for cell in cells]
     return Matrix(config, data, results, time.monotonic() - start)
@@ -126,6 +135,22 @@ def all_cells(config: MatrixConfig, trains: Sequence[str]) -> list[Cell]:
     """The runs of a matrix in the order of its results: by seed, objective and training environment."""
     objectives = trained_objectives(config.objectives)
     return [Cell(o, name, seed) for seed in range(config.seeds) for o in objectives for name in trains]
+
+
+def cell_config(config: MatrixConfig, cell: Cell) -> TrainConfig:
+    """The settings of one run."""
+    return dataclasses.replace(config.train, objective=cell.objective, seed=config.train.seed + cell.seed)
+
+
+def write_settings(config: MatrixConfig, data: Data, cells: Sequence[Cell], prints: dict[str, Any]) -> None:
+    """Write a `config.json` like that of `mmrm train` for every cell, which is a run that `read_run` reads."""
+    specs = {name: str(config.root / spec) for spec, name in train_names(config).items()}
+    paths = {name: None if path is None else str(path) for name, path in vars(config).items() if name in PATHS}
+    for cell in cells:
+        settings = cell_config(config, cell)
+        own = {"fingerprints": {"model": prints["model"], "train": prints["train"][cell.train]}, **paths}
+        own |= {"trained_on": specs[cell.train], "total_steps": training_steps(settings, len(data.train[cell.train]))}
+        write_config(config.out / "cells" / cell.name, to_json(settings) | own)
 
 
 def share_out(cells: Sequence[Cell], jobs: int) -> list[list[Cell]]:
@@ -193,9 +218,7 @@ def run_cells(
         for cell in cells:
             folder = config.out / "cells" / cell.name
             if not (folder / "cell.json").exists():
-                settings = dataclasses.replace(
-                    config.train, objective=cell.objective, seed=config.train.seed + cell.seed
-                )
+                settings = cell_config(config, cell)
                 steps = training_steps(settings, len(data.train[cell.train]))
                 key = (cell.objective, steps)
                 if key not in programs:

@@ -16,7 +16,15 @@ from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.train.program import find_objective
-from mmrm_jax.train.setup import Checkpoint, encode, merged_views, model_fingerprint, open_spec, training_sources
+from mmrm_jax.train.setup import (
+    Checkpoint,
+    encode,
+    merged_views,
+    model_fingerprint,
+    open_spec,
+    require_comparisons,
+    training_sources,
+)
 from mmrm_jax.types import Quarantined
 
 
@@ -42,19 +50,29 @@ class Data:
 
 
 def set_names(sets: Sequence[tuple[Environment, str]]) -> dict[str, str]:
-    """What each set (environment, specification) is called: its label, or "environment-label" where two sets share one.
+    """What each set (environment, specification) is called: as its environment, or, where several share it, by itself.
 
-    Raises ValueError where even that does not tell two sets apart.
+    Raises ValueError where that does not tell two sets apart.
     """
-    owners = {spec: env for env, spec in reversed(sets)}  # of several environments that have it, the first
-    shared = collections.Counter(env.label(spec) for spec, env in owners.items())
-    labels = {spec: (env.name, env.label(spec)) for spec, env in owners.items()}
-    names = {spec: label if shared[label] == 1 else f"{name}-{label}" for spec, (name, label) in labels.items()}
+    owners: dict[str, list[str]] = {}
+    for environment, spec in sets:
+        owners.setdefault(spec, []).append(environment.name)
+    names = {spec: found[0] if len(found) == 1 else _own_name(spec) for spec, found in owners.items()}
     for name, count in collections.Counter(names.values()).items():
         if count > 1:
             same = ", ".join(spec for spec in names if names[spec] == name)
-            raise ValueError(f"{count} data sets would be called {name!r}: {same}; give their environments names")
+            raise ValueError(f"{count} data sets would be called {name!r}: {same}; give the environments other names")
     return names
+
+
+def train_names(config: MatrixConfig) -> dict[str, str]:
+    """What each training set (its specification) is called."""
+    return set_names([(env, env.train) for env in config.environments if env.train is not None])
+
+
+def _own_name(spec: str) -> str:
+    """The stem of a file, or the split of a prepared data set."""
+    return Path(spec).name.partition(":")[2] or Path(spec).stem
 
 
 def _without_holdout(config: TrainConfig) -> TrainConfig:
@@ -68,7 +86,7 @@ def open_data(config: MatrixConfig) -> Sources:
     test_sets: dict[str, GroupSource] = {}
     iid: dict[str, str] = {}
     tested = {env: env.test if config.on == "test" else env.validation or env.train for env in config.environments}
-    train_names = set_names([(env, env.train) for env in config.environments if env.train is not None])
+    names = train_names(config)
     test_names = set_names([(env, spec) for env, spec in tested.items() if spec is not None])
     for env, spec in tested.items():
         if spec is None:  # a test set alone, and on "validation"
@@ -78,8 +96,8 @@ def open_data(config: MatrixConfig) -> Sources:
             settings = config.train if env.validation is None else _without_holdout(config.train)
             source, held_out, bad = training_sources(env.train, config.root, config.image_root, settings)
             quarantined += bad
-            train_sets[train_names[env.train]] = source
-            iid[train_names[env.train]] = test_names[spec]
+            train_sets[names[env.train]] = source
+            iid[names[env.train]] = test_names[spec]
         if test_names[spec] in test_sets:
             continue
         if config.on == "test" or env.validation is not None:
@@ -117,6 +135,7 @@ def load_data(config: MatrixConfig, sources: Sources, checkpoint: Checkpoint, co
         for name, source in sets.items():
             found[name], bad = encode(source, checkpoint, views, config.train, name=name, console=console)
             quarantined.extend(bad)
+            require_comparisons(found[name], name, quarantined)
         return found
 
     train_sets, test_sets = encoded(sources.train), encoded(sources.test)

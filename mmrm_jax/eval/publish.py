@@ -21,7 +21,7 @@ from mmrm_jax.eval.summary import format_matrix, summarise
 from mmrm_jax.train.step import SFC_BINS
 from mmrm_jax.types import Quarantined
 
-EXAMPLES = 4  # comparisons shown at each end of the SFC scale, per environment
+EXAMPLES = 3  # comparisons shown at each end of the SFC scale, per environment
 
 
 def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:

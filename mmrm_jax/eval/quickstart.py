@@ -8,6 +8,7 @@ from pathlib import Path
 from mmrm_jax.config import DataConfig, Environment, MatrixConfig, OptimizerConfig, TrainConfig
 from mmrm_jax.data.tfds import quiet_tfds
 from mmrm_jax.data.tfds.shapes_world import build_shapes_world
+from mmrm_jax.tiny import LEARNING_RATE
 
 # The rates of the world are documented in `data.shapes`; these settings were chosen on the validation split.
 CONFIG = MatrixConfig(
@@ -16,7 +17,7 @@ CONFIG = MatrixConfig(
     train=TrainConfig(
         batch_size=64,
         steps=500,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.05),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
         data=DataConfig(holdout=0.0),
     ),
 )

@@ -22,11 +22,12 @@ from mmrm_jax.data.images import DECODE_ERRORS, FORMATS, MAX_PIXELS
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
 from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds, sfc_over_training, training_curves
-from mmrm_jax.eval.summary import BASELINE, MEASURE_NAMES, cell_kind, mean_over_seeds, percent, points
+from mmrm_jax.eval.summary import BASELINE, MEASURE_NAMES, between, cell_kind, mean_over_seeds, percent, points
 from mmrm_jax.types import Quarantined
 
 _METHOD = "shortcut_aware"
 _IMAGE_SIDE = 480  # longest side of an example image in the report
+_TOO_SHORT = "Nothing is drawn: the runs were so short that they logged once. A smaller log_every logs more often."
 _TINY_SIDE = 96  # images up to this side are enlarged without smoothing
 
 
@@ -129,12 +130,25 @@ def _change_sentence(subject: str, where: str, pair: _Pair) -> str:
     own, base, change = pair
     verb = {1: "raised", -1: "lowered", 0: "made no measurable difference to"}[_sign(change)]
     levels = f"from {percent(base['mean'])} to {percent(own['mean'])} %"
-    return f"{subject} {verb} accuracy {where}: {levels} ({_change(change)})."
+    return f"{subject} {verb} accuracy {where}: {levels} ({_change(change)}).{_against_chance(own)}"
 
 
 def _change(change: Mapping[str, Any]) -> str:
-    bounds = "" if change["low"] is None else f", 95 % interval {points(change['low'])} to {points(change['high'])}"
-    return f"{points(change['mean'])} points{bounds}"
+    bounds = between(change["low"], change["high"], points)
+    return f"{points(change['mean'])} points, " + (
+        f"95 % interval {bounds}" if bounds else "too few images for an interval"
+    )
+
+
+def _against_chance(level: Mapping[str, Any]) -> str:
+    """What to add to an accuracy that is no better than guessing, which is right in 50 %."""
+    if level["low"] is None or level["low"] > 0.5:
+        return ""
+    return (
+        " That is worse than guessing (50 %)."
+        if level["high"] < 0.5
+        else " That may be no better than guessing (50 %)."
+    )
 
 
 def _sfd_sentence(summary: Sequence[Mapping[str, Any]], method: str) -> list[str]:
@@ -188,7 +202,7 @@ def _with_interval(
 ) -> str:
     if row is None or row.get(mean) is None:
         return "<span class='muted'>–</span>"
-    bounds = "" if row.get(low) is None else f"<small>{show(row[low])} to {show(row[high])}</small>"
+    bounds = "" if row.get(low) is None else f"<small>{between(row[low], row[high], show)}</small>"
     return f"<span class='value'>{show(row[mean])}</span>{bounds}"
 
 
@@ -249,12 +263,16 @@ def _sfc(data: ReportData) -> str:
         "The Shortcut-Failure Coefficient weighs each training comparison: near 1 where text alone fails, 1/2 where "
         "both branches do equally well, near 0 where text alone is enough."
     )
+    pooled = pool_seeds(data.sfc_histories)
     figures = []
-    for history, seeds in pool_seeds(data.sfc_histories):
+    for history, seeds in pooled:
+        if len(history.steps) < 2:
+            continue
         caption = f"{history.train}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         alt = f"Density of the SFC over the training steps on {caption}, with its mean"
         figures.append(_png_figure(sfc_over_training(history), caption, alt))
-    content = f"<div class='grid'>{''.join(figures)}</div>" if figures else "<p class='empty'>No SFC was recorded.</p>"
+    reason = _TOO_SHORT if pooled else "No SFC was recorded."
+    content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{reason}</p>"
     return _section("SFC over training", lead, content)
 
 
@@ -262,17 +280,20 @@ def _curves(data: ReportData) -> str:
     if not data.curves:
         return ""
     figures = []
-    for measure in dict.fromkeys(curve.measure for curve in data.curves):
-        curves = [curve for curve in data.curves if curve.measure == measure]
+    drawn = [curve for curve in data.curves if len(curve.steps) > 1]
+    for measure in dict.fromkeys(curve.measure for curve in drawn):
+        curves = [curve for curve in drawn if curve.measure == measure]
         alt = f"{measure} over the training steps of {', '.join(curve.label for curve in curves)}"
         figures.append(_png_figure(training_curves(curves), measure, alt))
-    return _section("Training", "How the runs went.", f"<div class='grid'>{''.join(figures)}</div>")
+    content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{_TOO_SHORT}</p>"
+    return _section("Training", "Accuracy on the training batches, averaged over each logging interval.", content)
 
 
 def _examples(data: ReportData) -> str:
     lead = (
-        "The comparisons that shortcut-aware training weighs most and least. d is the margin of the model that sees "
-        "the image, b that of the text-only one; positive is right."
+        "The comparisons of an environment's own test that shortcut-aware training would weigh most and least (its "
+        "SFC). d is the margin, chosen minus rejected, of the model that sees the image, b that of the text-only one; "
+        "positive is right."
     )
     parts = []
     for train in dict.fromkeys(example.train for example in data.examples):
@@ -288,11 +309,11 @@ def _card(example: SfcExample) -> str:
     return (
         f"<article class='card {example.kind}'>{_image_html(example.image, example.prompt)}"
         f"<p class='prompt'>{_text(example.prompt)}</p>"
-        f"<p class='answer good'><b>chosen</b> {_text(example.chosen)}</p>"
-        f"<p class='answer bad'><b>rejected</b> {_text(example.rejected)}</p>"
+        f"<p class='answer good'><b>chosen</b>{_text(example.chosen)}</p>"
+        f"<p class='answer bad'><b>rejected</b>{_text(example.rejected)}</p>"
         f"<p class='margins'><span>SFC <b>{example.sfc:.2f}</b></span>"
-        f"<span>d <b>{_signed(example.primary_margin)}</b></span>"
-        f"<span>b <b>{_signed(example.proxy_margin)}</b></span></p>"
+        f"<span title='margin with the image'>d <b>{_signed(example.primary_margin)}</b></span>"
+        f"<span title='margin from text alone'>b <b>{_signed(example.proxy_margin)}</b></span></p>"
         f"<p class='meaning'>{_text(_meaning(example))}</p></article>"
     )
 
@@ -303,15 +324,16 @@ def _signed(margin: float) -> str:
 
 def _meaning(example: SfcExample) -> str:
     """Says what the two margins mean together."""
-    text = "right" if example.proxy_margin > 0 else "wrong" if example.proxy_margin < 0 else "undecided"
-    image = "right" if example.primary_margin > 0 else "wrong" if example.primary_margin < 0 else "undecided"
-    if example.sfc > 0.5:
-        finding = "Text alone does worse here" if example.proxy_margin > 0 else "The text-only shortcut fails here"
-    elif example.sfc < 0.5:
-        finding = "Text alone is enough here" if example.proxy_margin > 0 else "Text alone does better here"
-    else:
-        finding = "Both do equally well here"
-    return f"{finding}: without the image the model is {text}, with it {image}."
+    text, image = (_verdict(margin) for margin in (example.proxy_margin, example.primary_margin))
+    finding = f"Both models are {text}" if text == image else f"With the image {image}, from text alone {text}"
+    if round(example.sfc, 2) == 0.5:
+        return f"{finding}; both fit the label equally well."
+    better, weight = ("image", "more") if example.sfc > 0.5 else ("text-only", "less")
+    return f"{finding}; the {better} model fits the label better, so this comparison weighs {weight}."
+
+
+def _verdict(margin: float) -> str:
+    return "right" if margin > 0 else "wrong" if margin < 0 else "undecided"
 
 
 def _image_html(image: bytes | None, prompt: str) -> str:

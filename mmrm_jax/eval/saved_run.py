@@ -1,4 +1,4 @@
-"""A run of `mmrm train`, read back."""
+"""A run of `mmrm train`, or a cell of `mmrm matrix`, which is one too, read back."""
 
 from __future__ import annotations
 
@@ -49,18 +49,20 @@ class SavedRun:
         checkpoints.close()
         if chosen is None and step < self.steps:
             console.print(
-                f"unfinished: {self.path} stopped at step {step} of {self.steps}; the same mmrm train goes on",
+                f"unfinished: {self.path} stopped at step {step} of {self.steps}; the same command goes on",
                 style="yellow",
             )
         return state, step
 
 
 def read_run(path: Path) -> SavedRun:
-    """Raises CheckpointError where `path` holds no run of `mmrm train`, or its model's folder has changed since."""
+    """Raises CheckpointError where `path` holds no run, or its model's folder has changed since."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a run directory: it has no config.json")
     saved = json.loads((path / "config.json").read_text())
     if "trained_on" not in saved:
+        if cells := sorted((path / "cells").glob("*/config.json")):
+            raise CheckpointError(f"{path} holds a matrix of {len(cells)} runs; name one: {cells[0].parent}, say")
         raise CheckpointError(f"{path} holds no run of `mmrm train`, which names its data in config.json")
     model, data, steps = Path(saved.pop("model") or MODEL_DIR), saved.pop("trained_on"), saved.pop("total_steps")
     if model_fingerprint(model) != saved.pop("fingerprints")["model"]:

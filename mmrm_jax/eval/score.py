@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from mmrm_jax.config import BranchInput, MeshConfig, ModelConfig
 from mmrm_jax.data.batching import Buckets, EncodedGroup, collate
 from mmrm_jax.data.pipeline import EncodedSource, SequentialPlan, batches, buckets_for, index_source
 from mmrm_jax.data.records import summarise_quarantine
+from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
+from mmrm_jax.data.sources import GroupSource, MemorySource
 from mmrm_jax.sharding import make_mesh, put_batch, whole_batch
 from mmrm_jax.train.setup import describe_data, initial_params, open_checkpoint, open_spec
 from mmrm_jax.train.state import abstract_model
@@ -32,10 +35,10 @@ VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A group and the float32 rewards of its responses, [N]."""
+    """A group, and the float32 rewards of its responses, [N], or why it cannot be used."""
 
     group: Group
-    rewards: np.ndarray
+    found: np.ndarray | str
 
 
 def make_score_step(
@@ -54,13 +57,13 @@ def make_score_step(
 
 @dataclasses.dataclass(frozen=True)
 class ReadBatch:
-    """Positions -> (batch, the group at each position or why it cannot be used): what the input pipeline runs."""
+    """Positions -> (batch, the group at each position and why it cannot be used, if so): the input pipeline's step."""
 
     data: EncodedSource
     buckets: Buckets
     batch_size: int
 
-    def __call__(self, positions: np.ndarray) -> tuple[Batch, list[Group | Quarantined]]:
+    def __call__(self, positions: np.ndarray) -> tuple[Batch, list[tuple[Group, str | None]]]:
         groups = [self.data.group(int(p)) for p in positions]
         encoded = [self.data.encode_group(group, int(p)) for group, p in zip(groups, positions, strict=True)]
         batch = collate(
@@ -71,8 +74,8 @@ class ReadBatch:
             views=VIEWS,
             longest_response=max(self.data.shapes[int(p)].response for p in positions),
         )
-        found = [e if isinstance(e, Quarantined) else group for e, group in zip(encoded, groups, strict=True)]
-        return jax.tree.map(lambda x: x[0], batch), found
+        problems = [e.reason if isinstance(e, Quarantined) else None for e in encoded]
+        return jax.tree.map(lambda x: x[0], batch), list(zip(groups, problems, strict=True))
 
 
 def score_source(
@@ -84,7 +87,7 @@ def score_source(
     dtype: Literal["float32", "bfloat16"],
     batch_size: int,
     buckets: Buckets,
-) -> Iterator[Scored | Quarantined]:
+) -> Iterator[Scored]:
     """Every group in order, scored, or why it cannot be read; a batch is what the devices divide, so rounded up."""
     step = make_score_step(model, dtype)
     size = whole_batch(batch_size, mesh)
@@ -92,8 +95,8 @@ def score_source(
         with jax.set_mesh(mesh):
             rewards = np.asarray(step(params, put_batch(batch, mesh, micro=False)))
         rows = (values[lengths > 0] for values, lengths in zip(rewards, batch.response_lengths, strict=True))
-        for group in found:
-            yield group if isinstance(group, Quarantined) else Scored(group, next(rows))
+        for group, problem in found:
+            yield Scored(group, next(rows) if problem is None else problem)
 
 
 def score_file(
@@ -108,17 +111,18 @@ def score_file(
     draw_score: int | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Write one line a response, `{"id", "prompt", "img_path", "response", "score"}`, in the order of the rows.
+    """Write one line a response, in the order of rows and responses, and return how many scores and errors there are.
 
-    A row that cannot be used gives `{"id", "row", "error"}` in its place. Raises ValueError where `out` cannot be
-    written or is the data itself, and for a checkpoint without a score head, unless `draw_score` is the seed that one
-    is drawn from; DataError for a file that cannot be read at all.
+    A line is `{"id", "prompt", "img_path", "response", "score"}`, with "error" in place of "score" for a response that
+    cannot be scored, and one `{"file", "row", "error"}` for a row whose responses cannot be told; see `ScoringRow`.
+    Raises ValueError where `out` cannot be written or is the data itself, and for a checkpoint without a score head,
+    unless `draw_score` is the seed that one is drawn from; DataError for a file that cannot be read or has no rows.
     """
     for name, value in (("--batch-size", batch_size), ("--buckets", buckets)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     part = _part_of(out, spec)
-    source, bad = open_spec(spec, Path(), image_root, comparisons=False)
+    source, asked = _open_rows(spec, image_root)
     checkpoint = open_checkpoint(model)
     mesh = make_mesh(MeshConfig())
     params, drawn = initial_params(checkpoint, draw_score or 0, mesh)
@@ -132,17 +136,21 @@ def score_file(
     data, unfit = index_source(
         source, checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
     )
-    scored: Iterable[Scored | Quarantined] = ()
+    scored: Iterable[Scored] = ()
     if len(data):
         sizes = buckets_for([data], buckets)
         console.print(describe_data([data], sizes))
         scored = score_source(data, checkpoint.config, params, mesh, dtype=dtype, batch_size=batch_size, buckets=sizes)
     scored = _bar(f"scoring {spec}", console)(scored, len(data))
-    known = sorted([*bad, *unfit], key=_row)
-    rows, scores, errors = write_lines(part, heapq.merge(scored, known, key=_row))
+    kept = set(data.kept)
+    left_out = (source[i] for i in range(len(source)) if i not in kept)
+    rejected = (Scored(group, q.reason) for group, q in zip(left_out, unfit, strict=True))
+    finished = (finish(s, asked.get(_row(s))) for s in heapq.merge(scored, rejected, key=_row))
+    hopeless = (row for row in asked.values() if row.group is None)
+    rows, scores, errors = write_lines(part, heapq.merge(finished, hopeless, key=lambda row: row.row))
     part.rename(out)
     if errors:
-        console.print(summarise_quarantine(errors))
+        console.print(summarise_quarantine(errors, "without a score"))
     console.print(f"{scores} scores of {rows} rows are in {out}")
     return {"out": str(out), "scores": scores, "rows": rows, "errors": len(errors), "drawn": drawn}
 
@@ -159,38 +167,45 @@ def _part_of(out: Path, spec: str) -> Path:
     return part
 
 
-def _row(item: Scored | Quarantined) -> int:
-    return item.row if isinstance(item, Quarantined) else item.group.row
+def _open_rows(spec: str, image_root: Path | None) -> tuple[GroupSource, dict[int, ScoringRow]]:
+    """(groups to score, all rows of a file by number); a prepared data set has no rows but its groups'."""
+    if ":" in Path(spec).name or Path(spec).is_dir():
+        return open_spec(spec, Path(), image_root)[0], {}
+    rows = read_scoring(Path(spec), image_root)
+    return MemorySource(tuple(row.group for row in rows if row.group is not None)), {row.row: row for row in rows}
 
 
-def write_lines(file: Path, items: Iterable[Scored | Quarantined]) -> tuple[int, int, list[Quarantined]]:
-    """Write each item as it comes; (rows with a score, scores, errors)."""
-    rows = scores = 0
+def _row(scored: Scored) -> int:
+    return scored.group.row
+
+
+def finish(scored: Scored, asked: ScoringRow | None) -> ScoringRow:
+    """The row of a group with a score or an error on every line; `asked` is the row in its file, if it is from one."""
+    row, found = asked or row_of_group(scored.group), scored.found
+    results = itertools.repeat({"error": found}) if isinstance(found, str) else map(_result, found.tolist())
+    lines = tuple(line if "error" in line else line | next(results) for line in row.lines)
+    return dataclasses.replace(row, lines=lines)
+
+
+def _result(score: float) -> dict[str, Any]:
+    if math.isfinite(score):
+        return {"score": score}
+    return {"error": f"no finite score: the model gives {score}; are its weights finite?"}
+
+
+def write_lines(file: Path, rows: Iterable[ScoringRow]) -> tuple[int, int, list[Quarantined]]:
+    """Write the lines of each row as it comes; (rows with a score, scores, errors)."""
+    good = scores = 0
     errors: list[Quarantined] = []
-    # A reason may quote half of a surrogate pair; as \udXXX it is valid JSON.
+    # A reason or a response may hold half of a surrogate pair; as \udXXX it is valid JSON.
     with file.open("w", encoding="utf-8", errors="backslashreplace") as f:
-        for item in items:
-            good, bad = _lines(item)
-            for line in (*good, *({"id": q.id, "row": q.row, "error": q.reason} for q in bad)):
+        for row in rows:
+            for line in row.lines:
                 f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            bad = [Quarantined(row.file, row.row, line["error"]) for line in row.lines if "error" in line]
+            good, scores = good + (len(bad) < len(row.lines)), scores + len(row.lines) - len(bad)
             errors += bad
-            rows, scores = rows + bool(good), scores + len(good)
-    return rows, scores, errors
-
-
-def _lines(item: Scored | Quarantined) -> tuple[list[dict[str, Any]], list[Quarantined]]:
-    """(lines of the responses with a score, what went wrong)."""
-    if isinstance(item, Quarantined):
-        return [], [item]
-    group, good, bad = item.group, [], []
-    for i, (response, score) in enumerate(zip(group.responses, item.rewards.tolist(), strict=True)):
-        if math.isfinite(score):
-            place = {"id": group.id, "prompt": group.prompt, "img_path": group.image_name}
-            good.append(place | {"response": response, "score": score})
-        else:
-            reason = f"no finite score: that of response {i} is {score}; are the model's weights finite?"
-            bad.append(Quarantined(group.file, group.row, reason, group.id))
-    return good, bad
+    return good, scores, errors
 
 
 def _bar(name: str, console: Console) -> Callable[..., Any]:

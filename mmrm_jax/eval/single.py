@@ -13,15 +13,16 @@ from rich.console import Console
 from mmrm_jax.config import RESUMABLE, TrainConfig, to_json
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
-from mmrm_jax.data.quarantine import clear_quarantine, merge_quarantine
+from mmrm_jax.data.quarantine import clear_quarantine, keep_quarantine, merge_quarantine, refused_file
 from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.distributed import is_main
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.saved_run import read_run
-from mmrm_jax.eval.summary import percent
-from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.eval.single_tables import training_table
+from mmrm_jax.eval.summary import between, percent
+from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.preemption import handled
@@ -36,6 +37,7 @@ from mmrm_jax.train.setup import (
     model_fingerprint,
     open_checkpoint,
     open_spec,
+    require_comparisons,
     training_batches,
     training_sources,
     training_steps,
@@ -45,18 +47,22 @@ from mmrm_jax.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run is trained on: the checkpoint it starts from, its data and the held-out part, encoded."""
+    """What a run is trained on: the checkpoint it starts from, its data and the held-out part, encoded.
+
+    `settings` is what its `config.json` is to hold.
+    """
 
     checkpoint: Checkpoint
     train: EncodedSource
     validation: EncodedSource | None
     buckets: Buckets
+    settings: dict[str, Any]
 
 
 def open_run(
     config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
 ) -> Opened:
-    """Open the model and the data of a run; report what cannot be used; write the run's configuration to `out`.
+    """Open the model and the data of a run; report what cannot be used.
 
     Raises CheckpointError where `out` holds a run of another configuration.
     """
@@ -73,19 +79,23 @@ def open_run(
             console.print(f"changed since the run began: {line}")
     data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
     quarantined += bad
+    require_comparisons(data, spec, quarantined)
     validation = None
     if held_out is not None:
-        validation, bad = encode(held_out, checkpoint, views, config, name=f"{spec}, held out", console=console)
+        name = f"{spec}, held out"
+        validation, bad = encode(held_out, checkpoint, views, config, name=name, console=console)
         quarantined += bad
-    write_config(out, resolved | {"total_steps": training_steps(config, len(data))})
+        require_comparisons(validation, name, quarantined)
     if quarantined:
         console.print(summarise_quarantine(quarantined))
     if is_main():
+        out.mkdir(parents=True, exist_ok=True)
         write_quarantine(out / "quarantine.jsonl", quarantined)
     sets = [data] if validation is None else [data, validation]
     buckets = buckets_for(sets, config.data.buckets)
     console.print(describe_data(sets, buckets))
-    return Opened(checkpoint, data, validation, buckets)
+    settings = resolved | {"total_steps": training_steps(config, len(data))}
+    return Opened(checkpoint, data, validation, buckets, settings)
 
 
 def train_run(
@@ -96,7 +106,10 @@ def train_run(
     Of several processes each reads its share of every batch, and `out` is a folder that all of them see. Raises
     CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
     """
-    run = open_run(config, spec, out, model, image_root, console)
+    with keep_quarantine(refused_file(out)):
+        run = open_run(config, spec, out, model, image_root, console)
+    if model is None and (note := rate_note(config.optimizer.learning_rate, "--optimizer.learning-rate")):
+        console.print(note, style="yellow")
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
     unreadable = out / "unreadable.jsonl"
@@ -110,6 +123,7 @@ def train_run(
         clear_quarantine(unreadable)  # of a run that begins again
     else:
         console.print(f"going on from step {int(state.step)}")
+    write_config(out, run.settings)
     stream = training_batches(
         run.train, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
     )
@@ -128,7 +142,7 @@ def train_run(
             strict=config.strict,
         )
         row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
-        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}
+        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float) or k == "n"}
 
     with (
         handled(program.mesh) as stop,
@@ -148,8 +162,8 @@ def train_run(
             describe=run.train.describe,
         )
     final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
-    for name in sorted(k for k in final if "accuracy" in k):
-        console.print(f"{name}: {100 * final[name]:.1f} %")
+    if result.history:
+        console.print(training_table(program.objective, result.history))
     found = merge_quarantine(unreadable)
     if found:
         console.print(f"unreadable while running, left out:\n{summarise_quarantine(found)}")
@@ -196,14 +210,15 @@ def evaluate_run(
     """
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
-    source, quarantined = open_spec(spec, Path(), image_root)
-    data, bad = encode(
-        source, checkpoint, merged_views([find_objective(config.objective)], config), config, name=spec, console=console
-    )
-    quarantined += bad
-    if config.strict:
-        raise_first(quarantined)
+    views = merged_views([find_objective(config.objective)], config)
     quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
+    with keep_quarantine(quarantine):
+        source, quarantined = open_spec(spec, Path(), image_root)
+        data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
+        quarantined += bad
+        if config.strict:
+            raise_first(quarantined)
+        require_comparisons(data, spec, quarantined)
     clear_quarantine(quarantine)
     if is_main():
         write_quarantine(quarantine, quarantined)  # the evaluation adds what it cannot read
@@ -219,14 +234,14 @@ def evaluate_run(
         quarantine=quarantine,
         strict=config.strict,
     )
+    quarantined = merge_quarantine(quarantine)
     if not len(e.margins[program.objective.scores]):
-        raise DataError(f"{spec} has no comparisons left to evaluate")
+        raise DataError(f"{spec} has no comparisons left to evaluate; what was left out, and why: {quarantine}")
     row = cell_row(_scores(e, program, saved.data, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
     if e.sfc is not None:
         counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     _print(row, console)
-    quarantined = merge_quarantine(quarantine)
     if quarantined:
         console.print(f"{summarise_quarantine(quarantined)}\nall of them: {quarantine}")
     unusable = [dataclasses.asdict(q) for q in quarantined]
@@ -240,8 +255,9 @@ def _stem(spec: str) -> str:
 
 
 def _print(row: dict[str, Any], console: Console) -> None:
-    low, high = percent(row["accuracy_low"]), percent(row["accuracy_high"])
-    console.print(f"accuracy {percent(row['accuracy'])} % (95 % interval {low} to {high}), n = {row['n']}")
+    interval = between(row["accuracy_low"], row["accuracy_high"], percent)
+    bounds = f" (95 % interval {interval})" if interval else ""
+    console.print(f"accuracy {percent(row['accuracy'])} %{bounds}, n = {row['n']}")
     if row["n_shortcut_right"] is None:
         console.print("SFD needs the text-only proxy of shortcut_aware training; this run has none")
     elif row["sfd"] is None:

@@ -7,7 +7,7 @@ cancels in their differences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,6 +227,11 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
+def between(low: float | None, high: float | None, show: Callable[[float | None], str]) -> str:
+    """An interval, "LOW to HIGH"; nothing where there is none."""
+    return "" if low is None else f"{show(low)} to {show(high)}"
+
+
 def format_matrix(
     rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]], *, iid: Mapping[str, str]
 ) -> list[Table]:
@@ -257,7 +262,8 @@ def format_matrix(
 def _cell_text(row: Mapping[str, Any] | None, bold: bool) -> Text:
     if row is None:
         return Text("")
-    bounds = f" [{percent(row['accuracy_low'])}, {percent(row['accuracy_high'])}]"
+    low, high = row["accuracy_low"], row["accuracy_high"]
+    bounds = "" if low is None else f" [{percent(low)}, {percent(high)}]"
     return Text.assemble((percent(row["accuracy"]), "bold" if bold else ""), (bounds, "dim"))
 
 
@@ -274,7 +280,7 @@ def _summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
             MEASURE_NAMES[row["measure"]],
             Text(row["objective"] + versus),
             show(row["mean"]),
-            f"{show(row['low'])} to {show(row['high'])}",
+            between(row["low"], row["high"], show) or "–",
             str(row["seeds"]),
         )
     return table

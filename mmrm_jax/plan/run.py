@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 
 from mmrm_jax.config import ModelConfig, TrainConfig, to_json
-from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.sizes import INTERNVL2
 from mmrm_jax.plan.compile import MISSING, has_libtpu
 from mmrm_jax.plan.hardware import parse_topology
@@ -19,6 +18,7 @@ from mmrm_jax.plan.hlo import by_kind
 from mmrm_jax.plan.search import Candidate, Job, search
 from mmrm_jax.plan.shapes import DataShape
 from mmrm_jax.plan.table import print_plan
+from mmrm_jax.train.setup import read_model
 
 # The paper's recipe: the proxy sees a white tile, and computes in bfloat16.
 RECIPE = TrainConfig(proxy_input="blank", compute_dtype="bfloat16")
@@ -80,7 +80,7 @@ def find_model(name: str) -> ModelConfig:
     if size in INTERNVL2:
         return INTERNVL2[size]
     if Path(name).is_dir():
-        return read_config(Path(name))
+        return read_model(Path(name))
     known = ", ".join(f"InternVL2-{size}" for size in INTERNVL2)
     raise ValueError(f"model {name!r} is neither a checkpoint folder nor one of {known}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from mmrm_jax.config import TrainConfig, differences
+from mmrm_jax.config import TrainConfig
 from mmrm_jax.distributed import any_process, is_main
 from mmrm_jax.train.manifest import damage, read_manifest, write_atomic, write_manifest
 from mmrm_jax.types import PyTree
@@ -180,6 +180,18 @@ class Checkpoints:
             self._checkpointer.close()
 
 
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields in which two `to_json` results differ: dotted name -> "old -> new"."""
+    found = {}
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = prefix + key, old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, name + ".")
+        elif a != b:
+            found[name] = f"{a!r} -> {b!r}"
+    return found
+
+
 def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Raises CheckpointError where `run_dir` holds a run of another configuration; `config` is `config.to_json`'s.
 
@@ -192,7 +204,7 @@ def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] 
         saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}; name another directory, or delete this one") from error
-    found = differences(saved, config)
+    found = _differences(saved, config)
     free = [name for name in found if any(name == field or name.startswith(field + ".") for field in ignore)]
     if len(found) > len(free):
         shown = "\n  ".join(f"{name}: {change}" for name, change in found.items() if name not in free)
@@ -203,7 +215,7 @@ def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] 
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    """Write `config.json`, once the data have turned out to be readable: before that there is no run to hold on to."""
+    """Write `config.json`, once data and model have turned out usable: before that there is no run to hold on to."""
     if is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / "config.json", json.dumps(config, indent=2) + "\n")

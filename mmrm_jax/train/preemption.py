@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmrm_jax.sharding import replicated
+from mmrm_jax.signals import heard, leave
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
@@ -51,25 +50,18 @@ class Preemption:
             agreed = 0 if before is None else int(before)
         return signal.Signals(agreed) if agreed else None
 
-    def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Handle a signal: note it, and have a second one stop at once."""
+    def receive(self, number: signal.Signals) -> None:
+        """Note a signal; a second one ends the process at once."""
+        if self._received:
+            print(f"{number.name}: stopped at once; give the same command again to go on", file=sys.stderr)
+            leave(128 + number)
         self._received = number
-        name = signal.Signals(number).name
-        print(f"{name}: saving after this step; a second signal stops at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"{number.name}: saving after this step; a second signal stops at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def handled(mesh: Mesh) -> Iterator[Preemption]:
     """Signals reach the Preemption inside, and what handled them before afterwards; in the main thread only."""
     preemption = Preemption(mesh)
-    if threading.current_thread() is not threading.main_thread():
+    with heard((signal.SIGINT, signal.SIGTERM), preemption.receive):
         yield preemption
-        return
-    before = {number: signal.signal(number, preemption.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield preemption
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

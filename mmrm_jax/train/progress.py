@@ -39,7 +39,8 @@ def describe(metrics: dict[str, float]) -> str:
     """The metrics that fit on one line."""
     parts = [f"loss {metrics['loss']:.3f}"]
     accuracies = {k.split("/")[0]: v for k, v in metrics.items() if k.endswith("/accuracy") and k.count("/") == 1}
-    parts += [f"{branch} {100 * value:.1f} %" for branch, value in accuracies.items()]
+    sizes = {name: f" (n = {metrics[f'{name}/n']})" for name in accuracies if f"{name}/n" in metrics}
+    parts += [f"{name} {100 * value:.1f} %{sizes.get(name, '')}" for name, value in accuracies.items()]
     if "sfc" in metrics:
         parts.append(f"SFC {metrics['sfc']:.2f}")
     parts.append(f"{metrics['groups'] / max(metrics['seconds'], 1e-9):.0f} groups/s")

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
 from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.folder import read_optional, why
 from mmrm_jax.data.pipeline import NO_AUGMENTATION, BatchPlan, EncodedSource, MakeBatch, batches, index_source
 from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
@@ -54,7 +55,7 @@ def open_checkpoint(path: Path, data: DataConfig | None = None) -> Checkpoint:
 
     Raises ValueError naming what is missing or unsupported, and what of its tokenizer and images the model cannot take.
     """
-    config = read_config(path)
+    config = read_model(path)
     limits = {} if data is None else {"max_length": data.max_length, "max_tiles": data.max_tiles}
     processor = Processor.from_pretrained(path, config.visual_tokens_per_tile, **limits)
     if problems := processor_problems(processor, config):
@@ -63,6 +64,16 @@ def open_checkpoint(path: Path, data: DataConfig | None = None) -> Checkpoint:
     images = processor.preprocessing
     vision = dataclasses.replace(config.vision, mean=images.mean, std=images.std)
     return Checkpoint(path, dataclasses.replace(config, vision=vision), processor)
+
+
+def read_model(path: Path) -> ModelConfig:
+    """`read_config` of a checkpoint folder, which says so where `path` is a directory of `mmrm train` instead."""
+    if "trained_on" in read_optional(path / "config.json"):
+        raise ValueError(
+            f"{path} is a run directory of mmrm train, no checkpoint folder: `mmrm export --run {path} --out FOLDER` "
+            "makes one of it"
+        )
+    return read_config(path)
 
 
 def processor_problems(processor: Processor, config: ModelConfig) -> list[str]:
@@ -94,7 +105,7 @@ def model_fingerprint(path: Path) -> str:
                 while block := f.read(2**20):
                     digest.update(block)
         except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+            raise ValueError(f"{file} cannot be read: {why(error)}") from error
     return digest.hexdigest()
 
 
@@ -110,14 +121,12 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
     return load_params(checkpoint.path, checkpoint.config, like)
 
 
-def open_spec(
-    spec: str, root: Path, image_root: Path | None, *, comparisons: bool = True
-) -> tuple[GroupSource, list[Quarantined]]:
-    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`; `comparisons` as in `read_groups`."""
+def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
     folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
     if colon:
         return open_source(root / Path(spec).parent / folder, split or None)
-    return open_source(root / spec, image_root=image_root, comparisons=comparisons)
+    return open_source(root / spec, image_root=image_root)
 
 
 def training_sources(
@@ -168,8 +177,12 @@ def training_batches(
 
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
-    """How much there is, and how many compilations it can take."""
-    return f"{sum(map(len, sets))} groups in {len(sets)} set(s), at most {buckets.count} batch shapes"
+    """How much there is, and how many compilations it can take: one for each size that batches are padded to."""
+    found = f"{sum(map(len, sets))} groups in {len(sets)} set{'s' if len(sets) > 1 else ''}"
+    sizes = "one size, and each step is compiled once"
+    if buckets.count > 1:
+        sizes = f"at most {buckets.count} sizes, and each step is compiled once for each"
+    return f"{found}; batches are padded to {sizes}"
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:
@@ -197,7 +210,14 @@ def encode(
     data, quarantined = index_source(source, checkpoint.processor, views, cache=config.data.cache, progress=progress)
     if config.strict:
         raise_first(quarantined)
-    if not any(shape.comparisons for shape in data.shapes):
-        reason = f"; first reason: {quarantined[0].reason}" if quarantined else ""
-        raise DataError(f"{name} has no comparisons: training and evaluation need rows with a preference{reason}")
     return data, quarantined
+
+
+def require_comparisons(data: EncodedSource, name: str, quarantined: Sequence[Quarantined]) -> None:
+    """Raises DataError where there is nothing to train on or to evaluate; `quarantined` is what was left out of it."""
+    if any(shape.comparisons for shape in data.shapes):
+        return
+    reason = f"; first reason: {quarantined[0].reason}" if quarantined else ""
+    raise DataError(
+        f"{name} has no comparisons: training and evaluation need rows with a preference{reason}", quarantined
+    )

@@ -95,7 +95,8 @@ def split_params(
 
     A branch with adapters trains these, drawn from `seed`, and its score head. What is frozen is kept in
     `frozen_dtype`, but for the score head. All are copies: a train step gives up the buffers of its state, and `params`
-    may start another run. Raises ValueError for a name in `freeze` or `lora` that the model does not have.
+    may start another run. Raises ValueError for a name in `freeze` or `lora` that the model does not have, and where a
+    branch has nothing to train.
     """
     unknown = set(freeze) - set(params)
     if unknown:
@@ -109,6 +110,9 @@ def split_params(
         used = _part(params, branch_frozen((), views[branch]), inside=False)
         adapters = init_adapters(used, lora, jax.random.fold_in(jax.random.key(seed), i))
         trainable[branch] = nnx.merge_state(trainable[branch], adapters)
+    if empty := [branch for branch, part in trainable.items() if not jax.tree.leaves(part)]:
+        parts = ", ".join(sorted(params))
+        raise ValueError(f"freeze leaves {' and '.join(empty)} nothing to train; the model's parts are {parts}")
     frozen = _part(params, frozenset().union(*frozen_names.values()), inside=True)
     dtypes = {part: None if part == "score" else frozen_dtype for part in frozen}
     return trainable, nnx.State({k: jax.tree.map(lambda x, d=dtypes[k]: jnp.array(x, d), v) for k, v in frozen.items()})

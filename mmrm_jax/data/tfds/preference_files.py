@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmrm_jax.data.images import ImageError, load_image
+from mmrm_jax.data.quarantine import keep_quarantine
 from mmrm_jax.data.records import DataError, nothing_usable, raise_first, read_groups, write_quarantine
 from mmrm_jax.data.tfds import quiet_tfds
 from mmrm_jax.data.tfds.features import encode_group, group_features
@@ -129,8 +130,9 @@ def prepare(
     """Read the files, decode every image once, and write the data set and `quarantine.jsonl` under `out_dir`.
 
     `files` is a mapping from split names to files, or a sequence of files, each of which becomes the split named after
-    its stem. Raises DataError where a file holds nothing usable, two files would share a split, `out_dir` already
-    holds a prepared data set, or, with `strict`, at the first bad row.
+    its stem, or after SPLIT where it is given as SPLIT=FILE. Raises DataError where a file holds nothing usable (its
+    rows are in `quarantine.jsonl` all the same), two files would share a split, `out_dir` already holds a prepared data
+    set, or, with `strict`, at the first bad row.
     """
     named = _named_splits(files)
     out_dir = Path(out_dir)
@@ -140,14 +142,14 @@ def prepare(
         image_root=None if image_root is None else Path(image_root),
         strict=strict,
     )
-    with quiet_tfds():
+    quarantine_file = out_dir / "quarantine.jsonl"
+    with quiet_tfds(), keep_quarantine(quarantine_file):
         builder = PreferenceFiles(config=config, data_dir=out_dir, file_format="array_record")
         directory = Path(builder.data_dir)
         if directory.exists():
             raise DataError(f"{directory} already holds a prepared data set: delete it or choose another directory")
         with tempfile.TemporaryDirectory() as downloads:  # TFDS insists on a folder, though nothing is downloaded
             builder.download_and_prepare(download_dir=downloads)
-    quarantine_file = out_dir / "quarantine.jsonl"
     write_quarantine(quarantine_file, builder.quarantined)
     return PrepareResult(directory, quarantine_file, tuple(builder.reports), tuple(builder.quarantined))
 
@@ -157,7 +159,7 @@ def _named_splits(files: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
     if isinstance(files, Mapping):
         pairs = [(split, Path(file)) for split, file in files.items()]
     else:
-        pairs = [(re.sub(r"\W", "_", Path(file).stem), Path(file)) for file in files]
+        pairs = [_split_of(file) for file in files]
     if not pairs:
         raise DataError("no files to prepare: name at least one preference file")
     named: dict[str, Path] = {}
@@ -166,7 +168,16 @@ def _named_splits(files: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
             raise DataError(f"split name {split!r} for {file} may only have letters, digits and underscores")
         if split in named:
             raise DataError(
-                f"{named[split]} and {file} would both become split {split!r}: give split names, split=file"
+                f"{named[split]} and {file} would both become split {split!r}: name the splits, as in "
+                f"{split}={named[split]} {split}_2={file}"
             )
         named[split] = file
     return named
+
+
+def _split_of(file: str | Path) -> tuple[str, Path]:
+    """(split, file) of SPLIT=FILE, or of a file alone, which is a split of its own name."""
+    split, _, named = str(file).partition("=")
+    if named and re.fullmatch(r"\w+", split) and not Path(file).exists():
+        return split, Path(named)
+    return re.sub(r"\W", "_", Path(file).stem), Path(file)

@@ -89,7 +89,9 @@ def read_config(path: Path) -> ModelConfig:
         return config_from_hf(json.loads(file.read_text(encoding="utf-8")))
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from error
-    except (OSError, RecursionError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -243,20 +245,28 @@ def config_to_hf(
     }
 
 
+def _not_native(config: ModelConfig) -> str | None:
+    """What of a model the layout of transformers' InternVL has no form for, if anything."""
+    rope, resized = config.decoder.rope_scaling, config.vision.position_image_size
+    if config.decoder.family == "internlm2":
+        return "an InternLM2 decoder"
+    if isinstance(rope, LongRope) and rope.kind != "su":
+        return f"a RoPE scaling of type {rope.kind}"
+    if config.pixel_shuffle != "v2":
+        return f"pixel shuffle {config.pixel_shuffle} (ps_version)"
+    if resized is not None:
+        return f"position embeddings of {resized} pixels resized for tiles of {config.vision.image_size}"
+    return None
+
+
 def config_to_native(config: ModelConfig, *, image_token_id: int) -> dict[str, Any]:
     """The `config.json` of a model in the layout of transformers' `InternVLForConditionalGeneration`.
 
     That layout cannot hold a drop path rate: it is left out. Raises ValueError for what its code does not compute.
     """
     v, text, rope = config.vision, decoder_to_hf(config.decoder), config.decoder.rope_scaling
-    for field, expressible in (
-        ("decoder.family", config.decoder.family != "internlm2"),
-        ("decoder.rope_scaling.kind", not isinstance(rope, LongRope) or rope.kind == "su"),
-        ("pixel_shuffle", config.pixel_shuffle == "v2"),
-        ("vision.position_image_size", v.position_image_size is None),
-    ):
-        if not expressible:
-            raise ValueError(f"transformers' own InternVL layout has no form for this {field}; use the chat layout")
+    if found := _not_native(config):
+        raise ValueError(f"transformers' own InternVL layout cannot hold {found}; use the chat layout (--layout chat)")
     text["pad_token_id"] = None  # no token is padding here; Phi-3's default is one that a small vocabulary has not
     if isinstance(rope, LongRope):  # by another name than in Phi-3's own code, which allows no further fields
         text["rope_scaling"] = {

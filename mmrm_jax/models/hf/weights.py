@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -247,7 +248,7 @@ def save_params(
         names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for name, items in zip(names, files, strict=True):
         made = {key: _whole(shape, source, dtype) for key, shape, source in items}
-        save_file(made, path / name, metadata={"format": "pt"})
+        _save(made, path / name)
     # What an earlier save left would be taken for this one.
     for name in (SINGLE if len(files) > 1 else INDEX, VALUE_HEAD):
         (path / name).unlink(missing_ok=True)
@@ -256,6 +257,14 @@ def save_params(
         where = {key: name for name, items in zip(names, files, strict=True) for key, _, _ in items}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """`save_file` alone makes a file that no other user may read, whatever the umask says."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def unused_tensors(path: Path) -> dict[str, Tensor]:

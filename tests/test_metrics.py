@@ -11,7 +11,10 @@ import pytest
 from rich.console import Console
 
 from mmrm_jax.eval.metrics import CellScores, cell_row, correctness, interval, named_rng
+from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import cell_kind, format_matrix, mean_over_seeds, summarise
+from mmrm_jax.objectives import OBJECTIVES
+from mmrm_jax.train.progress import describe
 
 IID = {"a": "ta", "b": "tb"}
 ROW_KEYS = [
@@ -336,3 +339,16 @@ def test_tables_for_the_terminal():
     for table in format_matrix([empty], [undefined | {"seeds": 1}], iid=IID):
         console.print(table)
     assert "– to –" not in output.getvalue() and "[–" not in output.getvalue()
+
+
+def test_what_a_held_out_part_leaves_undefined_is_a_dash_and_not_a_number() -> None:
+    """Ties alone: there is no accuracy to show while training goes on, nor at its end."""
+    row = cell_row(cell([0.5, -0.5], tie=[True, True]), np.random.default_rng(0))
+    assert row["accuracy"] is None and row["n"] == 0
+    entry = {"step": 2, "seconds": 1.0, "groups": 4, "loss": 0.7, "primary/accuracy": 0.5}
+    entry |= {f"validation/{name}": value for name, value in row.items()}
+    assert "primary 50.0 %" in describe(entry) and "validation" not in describe(entry)
+    console = Console(file=io.StringIO(), width=100, record=True)
+    console.print(training_table(OBJECTIVES["standard"], [entry]))
+    text = console.export_text()
+    assert "50.0 %" in text and "n = 0" in text and "None" not in text

@@ -129,7 +129,7 @@ def train_run(
     )
     clusters = None if run.validation is None else image_clusters(run.validation)
 
-    def validate(state: TrainState) -> dict[str, float]:
+    def validate(state: TrainState) -> dict[str, float | None]:
         if run.validation is None or clusters is None:
             return {}
         e = evaluate(
@@ -142,7 +142,7 @@ def train_run(
             strict=config.strict,
         )
         row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
-        return {f"validation/{k}": v for k, v in row.items() if isinstance(v, float) or k == "n"}
+        return {f"validation/{k}": v for k, v in row.items() if v is None or isinstance(v, float) or k == "n"}
 
     with (
         handled(program.mesh) as stop,

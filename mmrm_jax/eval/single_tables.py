@@ -30,10 +30,10 @@ def training_table(objective: Objective, history: Sequence[Mapping[str, Any]]) -
         table.add_row(name, trained, *([measured] if held_out else []))
 
     def number(key: str) -> str:
-        return "–" if key not in entry else f"{entry[key]:.3f}".replace("-", "−")
+        return "–" if entry.get(key) is None else f"{entry[key]:.3f}".replace("-", "−")
 
     def share(key: str) -> str:
-        return "–" if key not in entry else f"{percent(entry[key])} %"
+        return "–" if entry.get(key) is None else f"{percent(entry[key])} %"
 
     add("accuracy", share(f"{model}/accuracy"), share("validation/accuracy"))
     low, high = (entry.get(f"validation/accuracy_{end}") for end in ("low", "high"))

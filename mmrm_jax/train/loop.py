@@ -23,7 +23,7 @@ from mmrm_jax.train.run_files import RunFiles
 from mmrm_jax.train.state import TrainState
 from mmrm_jax.types import Batch
 
-Report = Callable[[int, dict[str, float]], None]
+Report = Callable[[int, dict[str, Any]], None]
 
 
 class TrainingError(RuntimeError):
@@ -65,7 +65,7 @@ def train(
     steps: int,
     run_dir: Path | None = None,
     report: Report = lambda step, metrics: None,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate: Callable[[TrainState], dict[str, float | None]] | None = None,
     stop: Callable[[], signal.Signals | None] = lambda: None,
     describe: Callable[[int], dict[str, Any]] = lambda index: {"index": index},
 ) -> TrainResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +28,7 @@ def task(progress: Progress, name: str, steps: int, *, keep: bool = False) -> It
     """A bar for one run; yields the `report` function the training loop calls."""
     bar = progress.add_task(name, total=steps, metrics="compiling")
 
-    def report(step: int, metrics: dict[str, float]) -> None:
+    def report(step: int, metrics: dict[str, Any]) -> None:
         progress.update(bar, completed=step, metrics=describe(metrics))
 
     yield report
@@ -35,10 +36,11 @@ def task(progress: Progress, name: str, steps: int, *, keep: bool = False) -> It
         progress.remove_task(bar)
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """The metrics that fit on one line."""
+def describe(metrics: dict[str, Any]) -> str:
+    """The metrics that fit on one line; None is one that is undefined."""
     parts = [f"loss {metrics['loss']:.3f}"]
-    accuracies = {k.split("/")[0]: v for k, v in metrics.items() if k.endswith("/accuracy") and k.count("/") == 1}
+    found = {k.split("/")[0]: v for k, v in metrics.items() if k.endswith("/accuracy") and k.count("/") == 1}
+    accuracies = {name: value for name, value in found.items() if value is not None}
     sizes = {name: f" (n = {metrics[f'{name}/n']})" for name in accuracies if f"{name}/n" in metrics}
     parts += [f"{name} {100 * value:.1f} %{sizes.get(name, '')}" for name, value in accuracies.items()]
     if "sfc" in metrics:

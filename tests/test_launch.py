@@ -128,7 +128,12 @@ def test_a_signal_reaches_every_process_once_and_each_may_save(tmp_path: Path, s
     )
     trainer.chmod(0o755)
     launcher = subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "3", "train"], cwd=tmp_path, env=os.environ | {"MMRM": str(trainer)}
+        ["bash", LAUNCH / "local.sh", "3", "train"],
+        cwd=tmp_path,
+        env=os.environ | {"MMRM": str(trainer)},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
     )
     while len(list(tmp_path.glob("ready-*"))) < 3 and launcher.poll() is None:
         time.sleep(0.01)

@@ -127,13 +127,11 @@ def test_a_signal_reaches_every_process_once_and_each_may_save(tmp_path: Path, s
         "for i in {1..600}; do sleep 0.1; done\n"
     )
     trainer.chmod(0o755)
-    launcher = subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "3", "train"],
+    heeding = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    launcher = subprocess.Popen(  # a job in the background ignores SIGINT, and bash cannot undo that
+        [sys.executable, "-c", heeding, "bash", LAUNCH / "local.sh", "3", "train"],
         cwd=tmp_path,
         env=os.environ | {"MMRM": str(trainer)},
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a job in the background ignores it
     )
     while len(list(tmp_path.glob("ready-*"))) < 3 and launcher.poll() is None:
         time.sleep(0.01)

@@ -276,6 +276,7 @@ def test_gpus_are_planned_by_analysis(capsys, tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_libtpu_the_extra_is_named_and_the_analysis_printed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr("mmrm_jax.plan.run.has_libtpu", lambda: False)
     status, text = run(capsys, "plan", "--topology", "v5e-4", *TINY, "--no-search", "--mesh.fsdp", "2")
     assert status == 0 and 'pip install ".[plan]"' in text

@@ -127,7 +127,7 @@ def test_a_signal_reaches_every_process_once_and_each_may_save(tmp_path: Path, s
         "for i in {1..600}; do sleep 0.1; done\n"
     )
     trainer.chmod(0o755)
-    heeding = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    heeding = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     launcher = subprocess.Popen(  # a job in the background ignores SIGINT, and bash cannot undo that
         [sys.executable, "-c", heeding, "bash", LAUNCH / "local.sh", "3", "train"],
         cwd=tmp_path,

@@ -134,7 +134,7 @@ def test_a_trained_run_exported(capsys, dtype: str, tmp_path: Path) -> None:
     assert any("language_model" in key for key in changed) and "lm_head.weight" not in changed
     # What the run holds is what transformers has, to the last bit of the exported type.
     saved = read_run(run_folder)
-    state, _ = saved.restore()
+    state, _ = saved.restore(Console(quiet=True))
     want = merge_branch(state.params[saved.program.objective.scores], state.frozen)["decoder"]["embedding"]
     want = torch.tensor(np.asarray(want.get_value())).to(model.dtype)
     assert torch.equal(model.get_input_embeddings().weight, want)

@@ -218,7 +218,7 @@ def put_batch(batch: Batch, mesh: Mesh, *, micro: bool, shared: Collection[str] 
 
 def _global_responses(batch: Batch, mesh: Mesh) -> np.ndarray:
     """`comparisons.index` of this process's groups as indices into the responses of the whole batch."""
-    groups, responses = batch.response_lengths.shape[-2:]
+    groups, responses = batch.responses.last.shape[-2:]
     parts = np.asarray(_shares(mesh)[jax.process_index()])
     size = groups // len(parts)
     local, response = np.divmod(np.asarray(batch.comparisons.index), responses)

@@ -80,6 +80,19 @@ class Prefix:
 
 
 @_pytree
+class Responses:
+    """The N responses of every group, packed one after another into K rows of L tokens.
+
+    `positions` counts tokens from the beginning of their own response; it is 0 at padding. `last[g, n]` is where
+    response n ends: the index of its last token among the group's K*L, or -1 where the group has no such response.
+    """
+
+    tokens: Int[Array, "*M G K L"]
+    positions: Int[Array, "*M G K L"]
+    last: Int[Array, "*M G N"]
+
+
+@_pytree
 class Comparisons:
     """Preferences of a batch: `index[c]` = (winner, loser) into the flattened G*N responses.
 
@@ -96,13 +109,12 @@ class Comparisons:
 class Batch:
     """A padded batch of groups with static shapes. A leading axis M, where present, is micro-batches.
 
-    `prefixes` is keyed by branch ("primary", "proxy", "image"); all branches share the response tokens. Padding is
-    `lengths == 0`; `group_index` is the group's position in its source, -1 for a padding group.
+    `prefixes` is keyed by branch ("primary", "proxy", "image"); all branches share the response tokens.
+    `group_index` is the group's position in its source, -1 for a padding group.
     """
 
     prefixes: dict[str, Prefix]
-    responses: Int[Array, "*M G N R"]
-    response_lengths: Int[Array, "*M G N"]
+    responses: Responses
     comparisons: Comparisons
     group_index: Int[Array, "*M G"]
 

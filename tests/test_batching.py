@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_models import is_response
 
 from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
 from mmrm_jax.data.text import Conversation
@@ -42,8 +43,7 @@ def random_group(rng: np.random.Generator, index: int, *, most_tiles: int = 3) -
 def shape_of(g: EncodedGroup) -> GroupShape:
     return GroupShape(
         prefixes={b: len(c.tokens) for b, c in g.prefixes.items()},
-        response=max(len(r) for r in g.responses),
-        responses=len(g.responses),
+        responses=tuple(len(r) for r in g.responses),
         tiles=0 if g.tiles is None else len(g.tiles),
         comparisons=len(g.comparisons),
     )
@@ -61,12 +61,17 @@ def micro(batch, m: int):
 
 def recovered(batch) -> dict[int, dict]:
     """Read every group of one micro-batch back, by its index."""
-    n = batch.responses.shape[1]
+    n = batch.responses.last.shape[1]
     out = {}
     for g in np.flatnonzero(batch.group_index >= 0):
-        lengths = batch.response_lengths[g]
+        tokens, positions = batch.responses.tokens[g].ravel(), batch.responses.positions[g].ravel()
+        ends = [int(end) for end in batch.responses.last[g] if end >= 0]
+        spans = [slice(end - positions[end], end + 1) for end in ends]
+        assert all(positions[span].tolist() == list(range(span.stop - span.start)) for span in spans)
+        width = batch.responses.tokens.shape[-1]
+        assert all(span.start // width == (span.stop - 1) // width for span in spans)  # within one row
         out[int(batch.group_index[g])] = {
-            "responses": [batch.responses[g, i, :length].tolist() for i, length in enumerate(lengths) if length],
+            "responses": [tokens[span].tolist() for span in spans],
             "prefixes": {b: p.tokens[g, : p.lengths[g]].tolist() for b, p in batch.prefixes.items()},
             "visual": {b: p.visual_index[g, : p.lengths[g]].tolist() for b, p in batch.prefixes.items()},
             "pixels": None if batch.prefixes["primary"].pixels is None else batch.prefixes["primary"].pixels[g],
@@ -117,11 +122,12 @@ def test_what_is_no_data_is_padding(seed):
         beyond = np.arange(p.tokens.shape[-1]) >= p.lengths[..., None]
         assert (p.tokens[beyond] == 0).all()
         assert (p.visual_index[beyond] == -1).all()
-    beyond = np.arange(batch.responses.shape[-1]) >= batch.response_lengths[..., None]
-    assert (batch.responses[beyond] == 0).all()
+    beyond = ~is_response(batch.responses)
+    assert beyond.size - beyond.sum() == sum(len(r) for g in groups[:5] for r in g.responses)
+    assert (batch.responses.tokens[beyond] == 0).all() and (batch.responses.positions[beyond] == 0).all()
     empty = batch.group_index == -1
     assert empty.sum() == 3
-    assert (batch.response_lengths[empty] == 0).all()
+    assert (batch.responses.last[empty] == -1).all()
     assert all((p.lengths[empty] == 0).all() for p in batch.prefixes.values())
     c = batch.comparisons
     assert c.mask.sum() == sum(len(g.comparisons) for g in groups[:5])
@@ -133,7 +139,7 @@ def test_a_batch_without_groups_is_all_padding(micro_batches):
     _, buckets = random_data(0)
     batch = collate([], buckets, num_groups=4, micro_batches=micro_batches, views=VIEWS)
     assert (batch.group_index == -1).all() and not batch.comparisons.mask.any()
-    assert not batch.response_lengths.any()
+    assert (batch.responses.last == -1).all()
     full = collate(random_data(0)[0][:4], buckets, num_groups=4, micro_batches=micro_batches, views=VIEWS)
     assert jax.tree.structure(full) == jax.tree.structure(batch)
     assert [x.dtype for x in jax.tree.leaves(full)] == [x.dtype for x in jax.tree.leaves(batch)]
@@ -173,46 +179,47 @@ def test_buckets_cover_the_data_with_few_shapes(seed, k):
     groups, _ = random_data(seed)
     shapes = [shape_of(g) for g in groups]
     buckets = fit_buckets(iter(shapes), k, SIDE)
-    for sizes in (*buckets.prefixes.values(), buckets.response, buckets.responses, buckets.tiles):
+    for sizes in (*buckets.prefixes.values(), buckets.tiles):
         assert list(sizes) == sorted(set(sizes))
-    assert len(buckets.response) <= k
-    assert all(size % 4 == 0 for sizes in (*buckets.prefixes.values(), buckets.response) for size in sizes)
-    longest = max(s.response for s in shapes)
-    assert longest <= buckets.response[-1] < longest + 4
+    assert len(set(buckets.rows)) == len(buckets.rows) <= k
+    lengths = [length for _, length in buckets.rows]
+    assert all(size % 4 == 0 for sizes in (*buckets.prefixes.values(), lengths) for size in sizes)
+    assert buckets.smallest_rows(shapes) < len(buckets.rows)  # one of them fits all
     seen = set()
     for _ in range(30):
         chosen = [groups[i] for i in rng.permutation(len(groups))[: rng.integers(1, 5)]]
         batch = collate(chosen, buckets, num_groups=4, micro_batches=1, views=VIEWS)
         seen.add(tuple(x.shape for x in jax.tree.leaves(batch)))
-        longest = max(shape_of(g).response for g in chosen)
-        assert batch.responses.shape[-1] == next(s for s in buckets.response if s >= longest)
-    assert len(seen) <= buckets.count == len(buckets.response)
+        assert batch.responses.tokens.shape[2:] == buckets.rows[buckets.smallest_rows(map(shape_of, chosen))]
+    assert len(seen) <= buckets.count == len(buckets.rows)
 
 
-def test_half_of_the_responses_fit_the_smaller_of_two_buckets():
-    lengths = [8] * 50 + [40] * 50
-    base = GroupShape({"primary": 5}, 0, 2, 0, 1)
-    buckets = fit_buckets([dataclasses.replace(base, response=n) for n in lengths], 2, SIDE)
-    assert buckets.response == (8, 40)
+def test_groups_get_the_cheapest_rows_that_fit():
+    lengths = [(8, 7)] * 50 + [(40, 9)] * 50
+    buckets = fit_buckets([GroupShape({"primary": 5}, n, 0, 1) for n in lengths], 2, SIDE)
+    assert buckets.rows == ((2, 8), (1, 52))
     assert buckets.prefixes == {"primary": (8,)}
-    assert (buckets.responses, buckets.tiles, buckets.comparisons) == ((2,), (0,), 1)
+    assert (buckets.responses, buckets.tiles, buckets.comparisons) == (2, (0,), 1)
 
 
 def test_room_for_longer_responses_of_another_process():
     groups, buckets = random_data(2)
-    short = min(groups, key=lambda g: shape_of(g).response)
-    longest = buckets.response[-1]
-    batch = collate([short], buckets, num_groups=1, micro_batches=1, views=VIEWS, longest_response=longest)
-    assert batch.responses.shape[-1] == longest
+    short, long = (f(groups, key=lambda g: buckets.smallest_rows([shape_of(g)])) for f in (min, max))
+    assert buckets.smallest_rows([shape_of(short)]) < buckets.smallest_rows([shape_of(long)])
+    batch = collate([short], buckets, num_groups=1, micro_batches=1, views=VIEWS, room_for=[shape_of(long)])
+    beside = collate([long], buckets, num_groups=1, micro_batches=1, views=VIEWS)
+    assert batch.responses.tokens.shape == beside.responses.tokens.shape
     check_equal(short, recovered(micro(batch, 0))[short.index])
 
 
 def test_a_group_that_no_bucket_fits_is_an_error():
     groups, _ = random_data(3)
-    small = min(groups, key=lambda g: shape_of(g).response)
-    large = max(groups, key=lambda g: shape_of(g).response)
+    small, large = (f(groups, key=lambda g: sum(shape_of(g).responses)) for f in (min, max))
     buckets = fit_buckets([shape_of(small)], 1, SIDE)
-    with pytest.raises(ValueError, match=r"more than the largest bucket"):
+    with pytest.raises(ValueError, match=r"larger than the largest bucket"):
         collate([large], buckets, num_groups=1, micro_batches=1, views=VIEWS)
+    many = dataclasses.replace(small, responses=small.responses[:1] * (buckets.responses + 1))
+    with pytest.raises(ValueError, match=rf"a group of {buckets.responses + 1} responses"):
+        collate([many], buckets, num_groups=1, micro_batches=1, views=VIEWS)
     with pytest.raises(ValueError, match="no groups"):
         fit_buckets([], 2, SIDE)

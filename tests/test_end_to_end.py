@@ -218,7 +218,7 @@ def test_scores_are_the_authors(opened: Opened, mode: str, objective: str, branc
     for stacked in batches(SequentialPlan(len(data), 8), make):
         batch = jax.tree.map(lambda x: x[0], stacked)
         out = program.eval_step(state.params, state.frozen, program.put(batch, micro=False))
-        scores += np.asarray(out[f"{branch}/rewards"])[batch.response_lengths > 0].tolist()
+        scores += np.asarray(out[f"{branch}/rewards"])[batch.responses.last >= 0].tolist()
     np.testing.assert_allclose(scores, outputs[f"infer.{mode}.scores"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(scores, outputs[f"infer.{mode}.scores_batch1"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(scores, [item["score"] for item in items], rtol=0, atol=TOLERANCE)

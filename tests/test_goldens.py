@@ -26,7 +26,7 @@ from mmrm_jax.models.rope import rope_frequencies, rope_tables
 from mmrm_jax.objectives import margins, shortcut_aware, standard
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import branch_rewards
-from mmrm_jax.types import Batch, Prefix
+from mmrm_jax.types import Batch, Prefix, Responses
 
 # On rewards absolute, since they are of order 1. On gradients relative to the largest entry of the same parameter's
 # gradient, the strictest choice that still means something in float32, where small entries are sums that cancel.
@@ -53,7 +53,7 @@ def test_features_and_hidden_states_are_the_authors(folder: Path, tmp_path: Path
         model = nnx.merge(abstract_model(config)[0], params)
         features = model.visual_features(prefix.pixels, jnp.dtype("float32"))
         towers = model.vision(prefix.pixels[:, 0])
-        return features, towers, model(prefix, batch.responses, batch.response_lengths, jnp.dtype("float32"))
+        return features, towers, model(prefix, batch.responses, jnp.dtype("float32"))
 
     for branch, theirs in (("primary", "main"), ("proxy", "bias")):
         features, towers, (before, after) = run(params[branch], batch.prefixes[branch], batch)
@@ -72,7 +72,8 @@ def test_features_and_hidden_states_are_the_authors(folder: Path, tmp_path: Path
             for g, group in enumerate(groups):
                 split, length = len(group.prefixes[branch].tokens), len(group.responses[n])
                 assert split + length == last[g] + 1  # the reward is read where the authors read it
-                got = np.concatenate([before[g, :split], after[g, n, :length]])
+                end = int(batch.responses.last[g, n]) + 1
+                got = np.concatenate([before[g, :split], after[g].reshape(-1, after.shape[-1])[end - length : end]])
                 close(got, want[g, : split + length], f"{branch} {side} {g}")
 
 
@@ -250,12 +251,12 @@ def test_reward_positions_come_from_lengths(folder: Path) -> None:
     pixels = data["pixel_values"].transpose(0, 2, 3, 1)
 
     @jax.jit
-    def run(params, prefix, responses, lengths, values):
+    def run(params, prefix, responses, values):
         model = nnx.merge(graphdef, params)
         with pytest.MonkeyPatch.context() as patch:  # noise, as in the test of the vision tower
             patch.setattr("mmrm_jax.models.vision.normalise_pixels", lambda pixels, config: values)
-            before, after = model(prefix, responses, lengths, jnp.dtype("float32"))
-            rewards = model.rewards(prefix, responses, lengths)
+            before, after = model(prefix, responses, jnp.dtype("float32"))
+            rewards = model.rewards(prefix, responses)
         return jnp.concatenate([before[0], after[0, 0]]) @ model.score[...], rewards[0, 0]
 
     for i, (tokens, mask) in enumerate(zip(data["input_ids"], data["attention_mask"])):
@@ -265,9 +266,11 @@ def test_reward_positions_come_from_lengths(folder: Path) -> None:
         visual = np.where(tokens[:, :split] == context, 0, -1).astype(np.int32)
         blank = np.zeros((1, 1, *pixels.shape[1:]), np.uint8)
         prefix = Prefix(tokens[:, :split], np.array([split], np.int32), visual, blank)
-        responses = np.pad(tokens[:, None, split:], ((0, 0), (0, 0), (0, 3)), constant_values=7)
-        lengths = np.array([[tokens.shape[1] - split]], np.int32)
-        by_token, reward = run(params, prefix, responses, lengths, pixels[i : i + 1])
+        rows = np.pad(tokens[:, None, split:], ((0, 0), (0, 0), (0, 3)), constant_values=7)
+        length = tokens.shape[1] - split
+        positions = np.pad(np.arange(length, dtype=np.int32), (0, 3))[None, None]
+        responses = Responses(rows, positions, np.array([[length - 1]], np.int32))
+        by_token, reward = run(params, prefix, responses, pixels[i : i + 1])
         # RoPE is relative, so leaving out padding on the left changes nothing.
         want = data["token_rewards"][i, start : end + 1]
         alike = len(want) if mask[start : end + 1].all() else int(np.argmin(mask[start : end + 1]))

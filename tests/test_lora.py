@@ -62,7 +62,7 @@ def rewards():
     graphdef, one = abstract_model(MODEL)[0], jax.tree.map(jnp.asarray, one_micro(batch()))
 
     def score(params: nnx.State) -> jax.Array:
-        return merge_model(graphdef, params).rewards(one.prefixes["primary"], one.responses, one.response_lengths)
+        return merge_model(graphdef, params).rewards(one.prefixes["primary"], one.responses)
 
     return jax.jit(score), jax.jit(jax.grad(lambda p, frozen: jnp.sum(jnp.sin(score(merge_branch(p, frozen))))))
 

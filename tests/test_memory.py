@@ -46,7 +46,7 @@ def by_policy():
         graphdef = abstract_model(ModelConfig(vision, decoder))[0]
 
         def score(p, graphdef=graphdef):
-            rewards = nnx.merge(graphdef, p).rewards(one.prefixes["primary"], one.responses, one.response_lengths)
+            rewards = nnx.merge(graphdef, p).rewards(one.prefixes["primary"], one.responses)
             return jnp.sum(jnp.sin(rewards))
 
         compiled = jax.jit(jax.grad(score)).lower(params).compile()

@@ -144,7 +144,7 @@ def test_a_plan_is_a_function_of_seed_and_step():
 
 def test_batches_gather_groups_of_like_length():
     plan = plan_of(1000, 8, 3 * WINDOW)
-    lengths = np.asarray(plan.lengths)
+    lengths = np.asarray(plan.sizes)
     within = np.mean([np.ptp(lengths[plan[step]]) for step in range(len(plan))])
     assert within < 0.25 * np.ptp(lengths)
     # ... in no order of length: that would be a curriculum.
@@ -230,7 +230,7 @@ def test_processes_share_a_batch(data):
         # The shapes agree, although the longest response is in one of the halves only.
         shapes = [[x.shape for x in jax.tree.leaves(half)] for half in halves]
         assert shapes[0] == shapes[1]
-        assert halves[0].responses.shape[-1] == whole(plan[step]).responses.shape[-1]
+        assert halves[0].responses.tokens.shape[2:] == whole(plan[step]).responses.tokens.shape[2:]
         assert halves[0].group_index.shape == (2, 2)
 
 
@@ -313,8 +313,8 @@ def test_measured_shapes_are_those_of_the_encoded_groups(data):
     for i, shape in enumerate(data.shapes):
         encoded = data.encode(i)
         assert shape.prefixes == {b: len(c.tokens) for b, c in encoded.prefixes.items()}
-        assert shape.response == max(map(len, encoded.responses))
-        assert (shape.responses, shape.comparisons) == (2, 1)
+        assert shape.responses == tuple(map(len, encoded.responses))
+        assert (len(shape.responses), shape.comparisons) == (2, 1)
         assert shape.tiles == len(encoded.tiles)
     assert {shape.tiles for shape in data.shapes} == {1, 3}
 

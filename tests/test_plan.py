@@ -172,7 +172,7 @@ def test_a_batch_has_the_shapes_of_a_real_one() -> None:
     assert batch.prefixes["primary"].pixels.shape == (2, 4, 2, 8, 8, 3)
     assert batch.prefixes["proxy"].tokens.shape == (2, 4, 32 + visual)
     assert batch.prefixes["proxy"].pixels.shape == (2, 1, 1, 8, 8, 3)
-    assert (batch.responses.shape, batch.comparisons.index.shape) == ((2, 4, 3, 32), (2, 4, 2))
+    assert (batch.responses.tokens.shape, batch.comparisons.index.shape) == ((2, 4, 3, 32), (2, 4, 2))
 
 
 # Search

@@ -239,7 +239,7 @@ def reference(p, config: ModelConfig, groups: list[EncodedGroup], weights: np.nd
 
 def model_rewards(config: ModelConfig, params: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(abstract_model(config)[0], params)
-    return model.rewards(batch.prefixes["primary"], batch.responses, batch.response_lengths)
+    return model.rewards(batch.prefixes["primary"], batch.responses)
 
 
 def groups_for(config: ModelConfig, name: str) -> list[EncodedGroup]:
@@ -259,7 +259,15 @@ def test_two_streams_equal_one_causal_forward_per_response(name: str, config: Mo
 
     tight = one_micro(make_batch(groups, config))
     rewards = jax.jit(functools.partial(model_rewards, config))(params, tight)
-    np.testing.assert_allclose(rewards[tight.response_lengths > 0], want, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(rewards[tight.responses.last >= 0], want, rtol=0, atol=TOLERANCE)
+
+    # Responses that share rows: all in one, and some in each of two.
+    for rows in (1, 2):
+        packed = scribble(one_micro(make_batch(groups, config, rows=rows, extra=1)), rng, config.decoder.vocab_size)
+        assert packed.responses.tokens.shape[1] == rows
+        grads, rewards = jax.jit(jax.grad(weighted(config, packed, weights), has_aux=True))(params, packed)
+        np.testing.assert_allclose(rewards[packed.responses.last >= 0], want, rtol=0, atol=TOLERANCE)
+        check_gradients(config, grads, want_grads)
 
     # The group without tiles, as the branch that has no image at all sees it.
     alone = next(i for i, g in enumerate(groups) if len(g.tiles) == 0)
@@ -272,7 +280,14 @@ def test_two_streams_equal_one_causal_forward_per_response(name: str, config: Mo
     # The same groups in a batch that is too large in every dimension, with random tokens as padding.
     batch = one_micro(make_batch(groups, config, num_groups=len(groups) + 2, extra=2))
     batch = scribble(batch, rng, config.decoder.vocab_size)
-    valid = batch.response_lengths > 0
+    grads, rewards = jax.jit(jax.grad(weighted(config, batch, weights), has_aux=True))(params, batch)
+    np.testing.assert_allclose(rewards[batch.responses.last >= 0], want, rtol=0, atol=TOLERANCE)
+    check_gradients(config, grads, want_grads)
+
+
+def weighted(config: ModelConfig, batch: Batch, weights: np.ndarray):
+    """(params, batch) -> (the weighted sum of this batch's rewards, all of them)."""
+    valid = batch.responses.last >= 0
     spread = np.zeros(valid.shape, np.float32)
     spread[valid] = weights
 
@@ -280,13 +295,14 @@ def test_two_streams_equal_one_causal_forward_per_response(name: str, config: Mo
         rewards = model_rewards(config, params, batch)
         return jnp.sum(rewards * spread), rewards
 
-    grads, rewards = jax.jit(jax.grad(weighted_sum, has_aux=True))(params, batch)
-    np.testing.assert_allclose(rewards[valid], want, rtol=0, atol=TOLERANCE)
-    grads = flat(grads)
+    return weighted_sum
+
+
+def check_gradients(config: ModelConfig, grads: nnx.State, want: dict[str, jax.Array]) -> None:
+    found, want = flat(grads), dict(want)
     if config.vision.qkv_bias:  # one bias on all keys adds the same to all logits of a query: softmax does not see it
-        for found in (grads, want_grads):
-            assert np.abs(found.pop("vision/layers/k/bias")).max() < TOLERANCE
-    errors = relative_errors(grads, want_grads)
+        assert all(np.abs(side.pop("vision/layers/k/bias")).max() < TOLERANCE for side in (found, want))
+    errors = relative_errors(found, want)
     assert max(errors.values()) < TOLERANCE, sorted(errors.items(), key=lambda e: -e[1])[:5]
 
 

@@ -13,10 +13,11 @@ from flax import nnx
 
 from mmrm_jax.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.data.batching import Buckets, EncodedGroup, collate
+from mmrm_jax.data.packing import row_length
 from mmrm_jax.data.text import Conversation
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model
-from mmrm_jax.types import Batch, Comparison
+from mmrm_jax.types import Batch, Comparison, Responses
 
 # Every sharded dimension divides by 8: these fit any mesh over eight devices.
 VISION = VisionConfig(image_size=8, patch_size=2, width=8, mlp_width=16, num_layers=1, num_heads=2)
@@ -98,13 +99,18 @@ def make_batch(
     micro_batches: int = 1,
     views: Mapping[str, str] | None = None,
     extra: int = 0,
+    rows: int | None = None,
 ) -> Batch:
-    """A batch [M, ...] just large enough for `groups`, or `extra` larger in every padded dimension."""
+    """A batch [M, ...] just large enough for `groups`, or `extra` larger in every padded dimension.
+
+    Responses are packed into `rows` rows a group; by default there is one for each.
+    """
+    rows = max(len(g.responses) for g in groups) + extra if rows is None else rows
     views = {"primary": "multimodal", "proxy": "absent"} if views is None else views
     buckets = Buckets(
         prefixes={b: (max(len(g.prefixes[b].tokens) for g in groups) + extra,) for b in views},
-        response=(max(len(r) for g in groups for r in g.responses) + extra,),
-        responses=(max(len(g.responses) for g in groups) + extra,),
+        rows=((rows, max(row_length(g.shape.responses, rows) for g in groups) + extra),),
+        responses=max(len(g.responses) for g in groups) + extra,
         tiles=(max(len(g.tiles) for g in groups if g.tiles is not None) + extra,),
         comparisons=max(1, *(len(g.comparisons) for g in groups)) + extra,
         image_size=config.vision.image_size,
@@ -133,12 +139,26 @@ def one_micro(batch: Batch) -> Batch:
 def scribble(batch: Batch, rng: np.random.Generator, vocab_size: int) -> Batch:
     """The same batch with random tokens where it is padded."""
 
-    def fill(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        valid = np.arange(tokens.shape[-1]) < np.asarray(lengths)[..., None]
+    def fill(tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
         return np.where(valid, tokens, rng.integers(vocab_size, size=tokens.shape).astype(np.int32))
 
-    prefixes = {b: dataclasses.replace(p, tokens=fill(p.tokens, p.lengths)) for b, p in batch.prefixes.items()}
-    return dataclasses.replace(batch, prefixes=prefixes, responses=fill(batch.responses, batch.response_lengths))
+    prefixes = {
+        b: dataclasses.replace(p, tokens=fill(p.tokens, np.arange(p.tokens.shape[-1]) < p.lengths[..., None]))
+        for b, p in batch.prefixes.items()
+    }
+    responses = dataclasses.replace(batch.responses, tokens=fill(batch.responses.tokens, is_response(batch.responses)))
+    return dataclasses.replace(batch, prefixes=prefixes, responses=responses)
+
+
+def is_response(responses: Responses) -> np.ndarray:
+    """Which tokens [..., K, L] belong to a response, worked out from where responses end and how long they are."""
+    positions, last = np.asarray(responses.positions), np.asarray(responses.last)
+    valid = np.zeros((int(np.prod(positions.shape[:-2])), int(np.prod(positions.shape[-2:]))), bool)
+    flat = positions.reshape(valid.shape)
+    for g, ends in enumerate(last.reshape(len(valid), -1)):
+        for end in ends[ends >= 0]:
+            valid[g, end - flat[g, end] : end + 1] = True
+    return valid.reshape(positions.shape)
 
 
 def relative_errors(got: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, float]:

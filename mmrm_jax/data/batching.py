@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from mmrm_jax.data.images import blank_tile
+from mmrm_jax.data.packing import Rows, fit_rows, pack, row_length
 from mmrm_jax.data.text import Conversation
-from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix
+from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix, Responses
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupShape:
-    """What a group needs of a batch; the sizes that padding has to cover."""
+    """What a group needs of a batch, the sizes that padding has to cover; `responses` has the length of each."""
 
     prefixes: dict[str, int]
-    response: int
-    responses: int
+    responses: tuple[int, ...]
     tiles: int
     comparisons: int
 
@@ -39,8 +39,7 @@ class EncodedGroup:
         """The sizes that padding has to cover."""
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in self.prefixes.items()},
-            response=max(len(r) for r in self.responses),
-            responses=len(self.responses),
+            responses=tuple(map(len, self.responses)),
             tiles=0 if self.tiles is None else len(self.tiles),
             comparisons=len(self.comparisons),
         )
@@ -50,12 +49,13 @@ class EncodedGroup:
 class Buckets:
     """The sizes each padded dimension may take, ascending; a batch takes the smallest that fits.
 
-    The number of batch shapes, and so of compilations, is at most `count`.
+    `rows` are the shapes (K, L) that a group's responses are packed into, the cheapest first; `responses` is the most
+    responses of a group. The number of batch shapes, and so of compilations, is at most `count`.
     """
 
     prefixes: dict[str, tuple[int, ...]]
-    response: tuple[int, ...]
-    responses: tuple[int, ...]
+    rows: tuple[Rows, ...]
+    responses: int
     tiles: tuple[int, ...]
     comparisons: int
     image_size: int
@@ -63,22 +63,28 @@ class Buckets:
     @property
     def count(self) -> int:
         """Upper bound on the number of different batch shapes."""
-        sizes = [len(s) for s in (*self.prefixes.values(), self.response, self.responses, self.tiles)]
+        sizes = [len(s) for s in (*self.prefixes.values(), self.rows, self.tiles)]
         return int(np.prod(sizes))
 
-    def padded_response(self, shape: GroupShape) -> int:
-        """The length that a group's responses are padded to. Raises ValueError where no bucket is large enough."""
-        return _smallest(self.response, shape.response)
+    def smallest_rows(self, groups: Iterable[GroupShape]) -> int:
+        """Index of the first of `rows` that every one of these groups fits in. Raises ValueError where none is."""
+        groups = {group.responses for group in groups}
+        most = max(map(len, groups), default=0)
+        for i, (count, length) in enumerate(self.rows):
+            if most <= self.responses and all(row_length(lengths, count) <= length for lengths in groups):
+                return i
+        raise ValueError(
+            f"a group of {most} responses, or one of {max(map(sum, groups))} tokens in all, is larger than the largest "
+            f"bucket ({self.responses} responses in rows of {self.rows}): fit buckets to all data"
+        )
 
 
-def _sizes(values: Sequence[int], k: int, multiple: int) -> tuple[int, ...]:
-    """Up to k ascending sizes that cover all values: their quantiles, rounded up."""
-    quantiles = np.quantile(np.asarray(values), np.arange(1, k + 1) / k, method="inverted_cdf")
-    return tuple(sorted({max(multiple, int(-(-q // multiple)) * multiple) for q in quantiles}))
+def _rounded_up(value: int, multiple: int) -> int:
+    return max(multiple, -(-value // multiple) * multiple)
 
 
 def fit_buckets(shapes: Iterable[GroupShape], k: int, image_size: int, *, multiple: int = 4) -> Buckets:
-    """Buckets chosen by the data: up to `k` response lengths (token multiples of `multiple`), the other sizes one
+    """Buckets chosen by the data: up to `k` shapes of rows (lengths are multiples of `multiple`), the other sizes one
     each, since responses are where lengths differ most within a data set. `image_size` is a tile's side in pixels.
 
     Raises ValueError for no shapes.
@@ -87,9 +93,9 @@ def fit_buckets(shapes: Iterable[GroupShape], k: int, image_size: int, *, multip
     if not shapes:
         raise ValueError("no groups to fit buckets to")
     return Buckets(
-        prefixes={b: _sizes([s.prefixes[b] for s in shapes], 1, multiple) for b in shapes[0].prefixes},
-        response=_sizes([s.response for s in shapes], k, multiple),
-        responses=_sizes([s.responses for s in shapes], 1, 1),
+        prefixes={b: (_rounded_up(max(s.prefixes[b] for s in shapes), multiple),) for b in shapes[0].prefixes},
+        rows=fit_rows([s.responses for s in shapes], k, multiple),
+        responses=max(len(s.responses) for s in shapes),
         tiles=(max(s.tiles for s in shapes),),
         comparisons=max(1, max(s.comparisons for s in shapes)),
         image_size=image_size,
@@ -119,17 +125,15 @@ def collate(
     num_groups: int,
     micro_batches: int,
     views: Mapping[str, str],
-    longest_response: int = 1,
+    room_for: Iterable[GroupShape] = (),
 ) -> Batch:
     """A batch [M, num_groups / M, ...] of at most `num_groups` groups; the rest is padding.
 
-    A group and its comparisons stay in one micro-batch; all micro-batches share one shape. It has room for responses
-    of `longest_response` tokens even where these groups' are shorter. Raises ValueError where no bucket fits a group.
+    A group and its comparisons stay in one micro-batch; all micro-batches share one shape. Its rows have room for the
+    responses of `room_for` too, groups that other processes hold say. Raises ValueError where no bucket fits a group.
     """
     size = num_groups // micro_batches
-    lengths = [len(r) for g in groups for r in g.responses]
-    response = _smallest(buckets.response, max([longest_response, *lengths]))
-    responses = _smallest(buckets.responses, max((len(g.responses) for g in groups), default=1))
+    rows = buckets.rows[buckets.smallest_rows([*room_for, *(g.shape for g in groups)])]
     tiles = _smallest(buckets.tiles, max((len(g.tiles) for g in groups if g.tiles is not None), default=0))
     prefix = {
         b: _smallest(sizes, max((len(g.prefixes[b].tokens) for g in groups), default=1))
@@ -137,7 +141,7 @@ def collate(
     }
     # Round robin, so that a batch that is not full is spread evenly over the micro-batches.
     parts = [
-        _collate_micro(groups[m::micro_batches], buckets, size, (prefix, response, responses, tiles), views)
+        _collate_micro(groups[m::micro_batches], buckets, size, (prefix, rows, tiles), views)
         for m in range(micro_batches)
     ]
     return jax.tree.map(lambda *xs: np.stack(xs), *parts)
@@ -147,31 +151,41 @@ def _collate_micro(
     groups: Sequence[EncodedGroup],
     buckets: Buckets,
     size: int,
-    shape: tuple[dict[str, int], int, int, int],
+    shape: tuple[dict[str, int], Rows, int],
     views: Mapping[str, str],
 ) -> Batch:
-    prefix_sizes, response_size, responses_size, tiles_size = shape
+    prefix_sizes, rows, tiles_size = shape
     prefixes = {}
     for branch, width in prefix_sizes.items():
         pixels = _pixels(groups, size, tiles_size, buckets.image_size, views[branch])
         prefixes[branch] = _prefix([g.prefixes[branch] for g in groups], size, width, pixels)
-    responses = np.zeros((size, responses_size, response_size), np.int32)
-    lengths = np.zeros((size, responses_size), np.int32)
-    rows: list[tuple[int, int, float, bool]] = []
+    compared: list[tuple[int, int, float, bool]] = []
     for g, group in enumerate(groups):
-        responses[g, : len(group.responses)] = _pad_rows(group.responses, len(group.responses), response_size)
-        lengths[g, : len(group.responses)] = [len(r) for r in group.responses]
-        base = g * responses_size
-        rows += [(base + c.winner, base + c.loser, c.margin, c.tie) for c in group.comparisons]
+        base = g * buckets.responses
+        compared += [(base + c.winner, base + c.loser, c.margin, c.tie) for c in group.comparisons]
     index = np.full(size, -1, np.int32)
     index[: len(groups)] = [g.index for g in groups]
-    return Batch(prefixes, responses, lengths, _comparisons(rows, size * buckets.comparisons), index)  # type: ignore[arg-type]
+    responses = _responses(groups, size, rows, buckets.responses)
+    return Batch(prefixes, responses, _comparisons(compared, size * buckets.comparisons), index)  # type: ignore[arg-type]
 
 
-def _comparisons(rows: Sequence[tuple[int, int, float, bool]], size: int) -> Comparisons:
+def _responses(groups: Sequence[EncodedGroup], size: int, rows: Rows, most: int) -> Responses:
+    count, length = rows
+    tokens, positions = np.zeros((2, size, count, length), np.int32)
+    last = np.full((size, most), -1, np.int32)
+    for g, group in enumerate(groups):
+        places = pack(list(map(len, group.responses)), count)
+        for n, (response, (row, start)) in enumerate(zip(group.responses, places, strict=True)):
+            end = start + len(response)
+            tokens[g, row, start:end], positions[g, row, start:end] = response, np.arange(len(response))
+            last[g, n] = row * length + end - 1
+    return Responses(tokens, positions, last)  # type: ignore[arg-type]
+
+
+def _comparisons(compared: Sequence[tuple[int, int, float, bool]], size: int) -> Comparisons:
     index, margin = np.zeros((size, 2), np.int32), np.zeros(size, np.float32)
     tie, mask = np.zeros(size, bool), np.zeros(size, bool)
-    for c, (winner, loser, target, tied) in enumerate(rows):
+    for c, (winner, loser, target, tied) in enumerate(compared):
         index[c], margin[c], tie[c], mask[c] = (winner, loser), target, tied, True
     return Comparisons(index, margin, tie, mask)  # type: ignore[arg-type]
 

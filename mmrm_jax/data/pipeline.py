@@ -30,7 +30,7 @@ from mmrm_jax.types import Batch, Group, Quarantined
 
 T = TypeVar("T")
 
-WINDOW = 16  # most batches among which groups are sorted by length, to keep padding low
+WINDOW = 16  # most batches among which groups are sorted by size, to keep padding low
 
 NO_AUGMENTATION = Augmentation()
 
@@ -117,14 +117,14 @@ def index_source(
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """Step -> positions of its groups: epochs shuffled by (seed, epoch), then sorted by length within windows.
+    """Step -> positions of its groups: epochs shuffled by (seed, epoch), then sorted by size within windows.
 
-    `lengths` are what the groups' responses are padded to. Steps run on across epochs, and a window is at most one
-    epoch, so over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or up;
-    at any step before that, two groups' counts differ by 2 at most.
+    `sizes` are numbers that grow with what a group is padded to. Steps run on across epochs, and a window is at most
+    one epoch, so over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or
+    up; at any step before that, two groups' counts differ by 2 at most.
     """
 
-    lengths: Sequence[int]
+    sizes: Sequence[int]
     batch_size: int
     seed: int
     steps: int
@@ -133,16 +133,16 @@ class BatchPlan:
         return self.steps
 
     def __getitem__(self, index: int) -> np.ndarray:
-        size = max(1, min(WINDOW, len(self.lengths) // self.batch_size))
+        size = max(1, min(WINDOW, len(self.sizes) // self.batch_size))
         window, within = divmod(index, size)
         count = min(size, self.steps - window * size)  # the last window ends with the run
         positions = self._stream(window * size * self.batch_size, count * self.batch_size)
-        order = np.argsort(np.asarray(self.lengths)[positions], kind="stable")
+        order = np.argsort(np.asarray(self.sizes)[positions], kind="stable")
         shuffled = np.random.default_rng([self.seed, 1, window]).permutation(count)
         return positions[order].reshape(count, self.batch_size)[shuffled[within]]
 
     def _stream(self, start: int, count: int) -> np.ndarray:
-        n = len(self.lengths)
+        n = len(self.sizes)
         parts = []
         for epoch in range(start // n, (start + count - 1) // n + 1):
             shuffled = np.random.default_rng([self.seed, 0, epoch]).permutation(n)
@@ -218,7 +218,7 @@ class MakeBatch:
             num_groups=self.batch_size // self.shares,
             micro_batches=self.micro_batches,
             views=self.data.views,
-            longest_response=max(self.data.shapes[int(p)].response for p in positions),
+            room_for=[self.data.shapes[int(p)] for p in positions],
         )
 
 

@@ -105,8 +105,7 @@ class Processor:
         text = encode_texts(self.chat, group.prompt, group.responses, count, views, self.max_length)
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in text.prefixes.items()},
-            response=max(len(r) for r in text.responses),
-            responses=len(group.responses),
+            responses=tuple(map(len, text.responses)),
             tiles=count,
             comparisons=len(group.comparisons),
         )

@@ -59,9 +59,9 @@ def evaluate(
     for stacked in batches(SequentialPlan(len(data), batch_size), make):
         batch = program.put(jax.tree.map(lambda x: x[0], stacked), micro=False)
         out = program.eval_step(state.params, state.frozen, batch)
-        seen = (batch.comparisons, batch.group_index, batch.response_lengths)
-        out, (comparisons, group_index, response_lengths) = gather((out, seen), program.mesh)
-        group, local = np.divmod(comparisons.index, response_lengths.shape[1])
+        seen = (batch.comparisons, batch.group_index, batch.responses.last)
+        out, (comparisons, group_index, last) = gather((out, seen), program.mesh)
+        group, local = np.divmod(comparisons.index, last.shape[1])
         rows = {
             "group": group_index[group[:, 0]],
             "winner": local[:, 0],
@@ -72,7 +72,7 @@ def evaluate(
         for name, values in rows.items():
             columns.setdefault(name, []).append(values[comparisons.mask])
         for branch in program.objective.branches:
-            rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][response_lengths > 0])
+            rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][last >= 0])
     joined = {k: np.concatenate(v) for k, v in columns.items()}
     order = np.argsort(joined["group"], kind="stable")  # shares of a batch follow one another
     joined = {k: v[order] for k, v in joined.items()}

@@ -50,7 +50,7 @@ def make_score_step(
     @jax.jit
     def step(params: nnx.State, batch: Batch) -> jax.Array:
         prefix = batch.prefixes["primary"]
-        return nnx.merge(graphdef, params).rewards(prefix, batch.responses, batch.response_lengths, jnp.dtype(dtype))
+        return nnx.merge(graphdef, params).rewards(prefix, batch.responses, jnp.dtype(dtype))
 
     return step
 
@@ -72,7 +72,7 @@ class ReadBatch:
             num_groups=self.batch_size,
             micro_batches=1,
             views=VIEWS,
-            longest_response=max(self.data.shapes[int(p)].response for p in positions),
+            room_for=[self.data.shapes[int(p)] for p in positions],
         )
         problems = [e.reason if isinstance(e, Quarantined) else None for e in encoded]
         return jax.tree.map(lambda x: x[0], batch), list(zip(groups, problems, strict=True))
@@ -94,7 +94,7 @@ def score_source(
     for batch, found in batches(SequentialPlan(len(data), size), ReadBatch(data, buckets, size)):
         with jax.set_mesh(mesh):
             rewards = np.asarray(step(params, put_batch(batch, mesh, micro=False)))
-        rows = (values[lengths > 0] for values, lengths in zip(rewards, batch.response_lengths, strict=True))
+        rows = (values[last >= 0] for values, last in zip(rewards, batch.responses.last, strict=True))
         for group, problem in found:
             yield Scored(group, next(rows) if problem is None else problem)
 

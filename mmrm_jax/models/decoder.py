@@ -64,10 +64,10 @@ class Decoder(nnx.Module):
         self,
         prefix: Float[Array, "G P D"],
         prefix_lengths: Int[Array, " G"],
-        responses: Float[Array, "G N R D"],
-        response_lengths: Int[Array, "G N"],
-    ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
-        """Final hidden states of both streams.
+        responses: Float[Array, "G K L D"],
+        positions: Int[Array, "G K L"],
+    ) -> tuple[Float[Array, "G P D"], Float[Array, "G K L D"]]:
+        """Final hidden states of both streams; `positions` are those of `types.Responses`.
 
         Equal at every valid position to an ordinary causal forward over [prefix, response], with response
         positions continuing after the group's own prefix length. What padding positions return has no meaning.
@@ -78,16 +78,15 @@ class Decoder(nnx.Module):
         the scaling's threshold. More padding and other groups change nothing.
         """
         c = self.config
-        frequencies = rope_frequencies(c, prefix_lengths + jnp.max(response_lengths, axis=1))
+        frequencies = rope_frequencies(c, prefix_lengths + 1 + jnp.max(positions, axis=(1, 2)))
         prefix_rope = rope_tables(c, frequencies, jnp.arange(prefix.shape[1])[None])
-        positions = prefix_lengths[:, None, None] + jnp.arange(responses.shape[2])[None, None]
-        response_rope = rope_tables(c, frequencies, positions)
+        response_rope = rope_tables(c, frequencies, prefix_lengths[:, None, None] + positions)
 
         def step(layer: DecoderLayer, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             prefix, responses = carry
             q, k, v = layer.qkv(prefix, prefix_rope)
             response_q, response_k, response_v = layer.qkv(responses, response_rope)
-            attended = response_attention(response_q, response_k, response_v, k, v, prefix_lengths)
+            attended = response_attention(response_q, response_k, response_v, positions, k, v, prefix_lengths)
             prefix = layer.finish(prefix, causal_attention(q, k, v))
             return by_group(prefix), by_group(layer.finish(responses, attended))
 

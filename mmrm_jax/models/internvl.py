@@ -5,14 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.decoder import Decoder
 from mmrm_jax.models.layers import Linear, Norm
 from mmrm_jax.models.vision import VisionTower
 from mmrm_jax.sharding import by_group
-from mmrm_jax.types import Prefix
+from mmrm_jax.types import Prefix, Responses
 
 
 def pixel_shuffle(x: Float[Array, "I h w D"], ratio: float, version: str) -> Float[Array, "I h2 w2 D2"]:
@@ -81,14 +81,13 @@ class InternVL(nnx.Module):
     def __call__(
         self,
         prefix: Prefix,
-        responses: Int[Array, "G N R"],
-        response_lengths: Int[Array, "G N"],
+        responses: Responses,
         dtype: jnp.dtype,
         keys: Key[Array, " G_or_1"] | None = None,
-    ) -> tuple[Float[Array, "G P D"], Float[Array, "G N R D"]]:
+    ) -> tuple[Float[Array, "G P D"], Float[Array, "G K L D"]]:
         """Final hidden states of the prefix and of every response token.
 
         `keys`, one for each group that has pixels of its own, turn on drop path in the vision tower.
         """
-        embedded = self.decoder.embed(responses, dtype)
-        return self.decoder(self.embed_prefix(prefix, dtype, keys), prefix.lengths, embedded, response_lengths)
+        embedded = self.decoder.embed(responses.tokens, dtype)
+        return self.decoder(self.embed_prefix(prefix, dtype, keys), prefix.lengths, embedded, responses.positions)

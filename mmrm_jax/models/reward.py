@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.internvl import InternVL
 from mmrm_jax.models.layers import param
-from mmrm_jax.types import Prefix
+from mmrm_jax.types import Prefix, Responses
 
 
 class RewardModel(InternVL):
@@ -26,13 +26,12 @@ class RewardModel(InternVL):
     def rewards(
         self,
         prefix: Prefix,
-        responses: Int[Array, "G N R"],
-        response_lengths: Int[Array, "G N"],
+        responses: Responses,
         dtype: jnp.dtype = jnp.dtype("float32"),
         keys: Key[Array, " G_or_1"] | None = None,
     ) -> Float[Array, "G N"]:
         """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
-        _, hidden = self(prefix, responses, response_lengths, dtype, keys)
-        last = jnp.maximum(response_lengths - 1, 0)[..., None, None]
-        final = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
+        _, hidden = self(prefix, responses, dtype, keys)
+        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
         return final.astype(jnp.float32) @ self.score[...]

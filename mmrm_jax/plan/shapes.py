@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrm_jax.config import BranchInput, ModelConfig
-from mmrm_jax.types import Batch, Comparisons, Prefix
+from mmrm_jax.types import Batch, Comparisons, Prefix, Responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,5 +66,6 @@ def abstract_batch(
     count = size * shape.comparisons
     flags = array(count, dtype=jnp.bool_)
     comparisons = Comparisons(array(count, 2), array(count, dtype=jnp.float32), flags, flags)  # type: ignore[arg-type]
-    responses = array(size, shape.responses, shape.response)
-    return Batch(prefixes, responses, array(size, shape.responses), comparisons, array(size))  # type: ignore[arg-type]
+    rows = array(size, shape.responses, shape.response)
+    responses = Responses(rows, rows, array(size, shape.responses))  # type: ignore[arg-type]
+    return Batch(prefixes, responses, comparisons, array(size))  # type: ignore[arg-type]

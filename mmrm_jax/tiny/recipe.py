@@ -86,7 +86,7 @@ def answer_window(batch: Batch, turn: int, header: int) -> tuple[np.ndarray, np.
     lengths = np.asarray(prefix.lengths)
     positions = np.maximum(lengths[:, None] - WINDOW + np.arange(WINDOW)[None], 0)
     tokens = np.concatenate([np.asarray(prefix.tokens), np.zeros((len(lengths), 1), np.int32)], axis=1)
-    tokens[np.arange(len(lengths)), lengths] = np.asarray(batch.responses)[:, 0, 0]
+    tokens[np.arange(len(lengths)), lengths] = np.asarray(batch.responses.tokens)[:, 0, 0]
     targets = np.take_along_axis(tokens, positions + 1, axis=1)
     starts = tokens.shape[1] - 1 - np.argmax(tokens[:, ::-1] == turn, axis=1)
     return positions, targets, positions >= starts[:, None] + header - 1
@@ -104,13 +104,18 @@ def colours(pixels: UInt8[Array, "G T h w 3"], config: ModelConfig) -> Float[Arr
 
 def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
     """1 where the right answer (response 0) is more probable than the wrong one, given image and question."""
-    prefix, tokens, lengths = batch.prefixes["primary"], batch.responses, batch.response_lengths
-    before, after = model(prefix, tokens, lengths, jnp.dtype("float32"))
-    last = jnp.take_along_axis(before, prefix.lengths[:, None, None] - 1, axis=1)
-    first = jnp.broadcast_to(last[:, None], (*after.shape[:2], 1, after.shape[-1]))
-    logits = jnp.concatenate([first, after[:, :, :-1]], axis=2) @ model.decoder.embedding[...].T
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    total = jnp.sum(losses * (jnp.arange(tokens.shape[2])[None, None] < lengths[..., None]), axis=-1)
+    prefix, responses = batch.prefixes["primary"], batch.responses
+    before, after = model(prefix, responses, jnp.dtype("float32"))
+    first = jnp.take_along_axis(before, prefix.lengths[:, None, None] - 1, axis=1)[:, None]
+    previous = jnp.where(responses.positions[..., None] == 0, first, jnp.roll(after, 1, axis=2))
+    logits = previous @ model.decoder.embedding[...].T
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, responses.tokens)
+    groups = losses.shape[0]
+    ends = jnp.cumsum(losses.reshape(groups, -1), axis=1)
+    length = jnp.take_along_axis(responses.positions.reshape(groups, -1), responses.last, axis=1) + 1
+    ends = jnp.concatenate([jnp.zeros((groups, 1)), ends], axis=1)  # the losses of all tokens before each
+    total = jnp.take_along_axis(ends, responses.last + 1, axis=1)
+    total = total - jnp.take_along_axis(ends, responses.last + 1 - length, axis=1)
     return (total[:, 0] < total[:, 1]).astype(jnp.float32)
 
 
@@ -156,7 +161,7 @@ def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
         model = nnx.merge(graphdef, params)
         pixels = batch.prefixes["primary"].pixels
         error = model.visual_features(pixels, jnp.dtype("float32")) @ reader - colours(pixels, CONFIG)
-        hidden, _ = model(batch.prefixes["primary"], batch.responses, batch.response_lengths, jnp.dtype("float32"))
+        hidden, _ = model(batch.prefixes["primary"], batch.responses, jnp.dtype("float32"))
         logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         answers = jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))

@@ -154,10 +154,10 @@ def training_batches(
 
     What cannot be read is added to this process's own file in place of `quarantine`.
 
-    Groups are brought together by the length they are padded to, not by their own: where few texts make up a data set,
-    the exact length would give batches of one and the same text.
+    Groups are brought together by the rows they are packed into, not by their length: where few texts make up a data
+    set, the exact length would give batches of one and the same text.
     """
-    plan = BatchPlan([buckets.padded_response(s) for s in data.shapes], config.batch_size, config.seed, steps)
+    plan = BatchPlan([buckets.smallest_rows([s]) for s in data.shapes], config.batch_size, config.seed, steps)
     index, count = batch_share(mesh)
     make = MakeBatch(
         data,

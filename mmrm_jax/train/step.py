@@ -34,7 +34,7 @@ def branch_rewards(
     """Rewards of every branch in `params`; one in `keys` has drop path in its vision tower, if that has a rate."""
     return {
         branch: merge_model(graphdef, merge_branch(trainable, frozen)).rewards(
-            batch.prefixes[branch], batch.responses, batch.response_lengths, dtype, keys.get(branch)
+            batch.prefixes[branch], batch.responses, dtype, keys.get(branch)
         )
         for branch, trainable in params.items()
     }

@@ -70,7 +70,7 @@ def test_vision_tower_projector_and_decoder(name: str, tmp_path: Path) -> None:
         ours, prefix = our_model(config, params), batch.prefixes["primary"]
         tower = ours.vision(prefix.pixels[0, :2], select_layer=config.select_layer, dtype=f32)
         features = ours.visual_features(prefix.pixels, f32)
-        return tower, features, ours(prefix, batch.responses, batch.response_lengths, f32)
+        return tower, features, ours(prefix, batch.responses, f32)
 
     tower, features, (before, after) = run(params, batch)
     with torch.no_grad():

@@ -264,6 +264,7 @@ class DataConfig:
         holdout: Share of each training file, split off by image, on which choices are made.
         holdout_seed: Which share that is.
         cache: Keep encoded groups in memory: decoding and tokenising happen once. For small data sets.
+        join: Most training rows of one image and prompt that become one group, encoded once; sizes count groups.
     """
 
     max_length: int = 4096
@@ -273,7 +274,11 @@ class DataConfig:
     holdout: float = 0.1
     holdout_seed: int = 0
     cache: bool = True
+    join: int = 1
     augment: Augmentation = Augmentation()
+
+    def __post_init__(self) -> None:
+        _check(self, "at least 1", join=self.join >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,8 +346,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(self, "at least 1", **{name: value is None or value >= 1})
         _check(self, "above 0 and finite", epochs=0 < self.epochs < math.inf)
-        rate = self.drop_path_rate
-        _check(self, "at least 0 and below 1", drop_path_rate=rate is None or 0 <= rate < 1)
+        _check(self, "at least 0 and below 1", drop_path_rate=0 <= (self.drop_path_rate or 0.0) < 1)
         _check(self, "at least 0", keep_best=self.keep_best >= 0)
         every, evaluated = self.checkpoint_every, self.eval_every
         if self.keep_best and (every is None or evaluated is None or every % evaluated):

@@ -130,14 +130,14 @@ def load_data(config: MatrixConfig, sources: Sources, checkpoint: Checkpoint, co
     views = merged_views(map(find_objective, config.objectives), config.train)
     quarantined = list(sources.quarantined)
 
-    def encoded(sets: dict[str, GroupSource]) -> dict[str, EncodedSource]:
+    def encoded(sets: dict[str, GroupSource], join: int = 1) -> dict[str, EncodedSource]:
         found = {}
         for name, source in sets.items():
-            found[name], bad = encode(source, checkpoint, views, config.train, name=name, console=console)
+            found[name], bad = encode(source, checkpoint, views, config.train, name=name, console=console, join=join)
             quarantined.extend(bad)
             require_comparisons(found[name], name, quarantined)
         return found
 
-    train_sets, test_sets = encoded(sources.train), encoded(sources.test)
+    train_sets, test_sets = encoded(sources.train, config.train.data.join), encoded(sources.test)
     buckets = buckets_for([*train_sets.values(), *test_sets.values()], config.train.data.buckets)
     return Data(train_sets, test_sets, sources.iid, buckets, quarantined)

@@ -77,7 +77,7 @@ def open_run(
     for line in changed:
         if line.partition(":")[0] not in total:
             console.print(f"changed since the run began: {line}")
-    data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
+    data, bad = encode(source, checkpoint, views, config, name=spec, console=console, join=config.data.join)
     quarantined += bad
     require_comparisons(data, spec, quarantined)
     validation = None

@@ -16,6 +16,7 @@ from rich.progress import track
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.folder import read_optional, why
+from mmrm_jax.data.join import join_rows
 from mmrm_jax.data.pipeline import NO_AUGMENTATION, BatchPlan, EncodedSource, MakeBatch, batches, index_source
 from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
@@ -201,8 +202,12 @@ def encode(
     *,
     name: str,
     console: Console,
+    join: int = 1,
 ) -> tuple[EncodedSource, list[Quarantined]]:
-    """Measure a source with a progress bar. In strict mode the first unusable group raises DataError."""
+    """Measure a source with a progress bar, and make up to `join` rows of one image and prompt one group.
+
+    In strict mode the first unusable group raises DataError.
+    """
 
     def progress(indices: range) -> Any:
         return track(indices, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
@@ -210,7 +215,7 @@ def encode(
     data, quarantined = index_source(source, checkpoint.processor, views, cache=config.data.cache, progress=progress)
     if config.strict:
         raise_first(quarantined)
-    return data, quarantined
+    return (data if join == 1 else join_rows(data, join)), quarantined
 
 
 def require_comparisons(data: EncodedSource, name: str, quarantined: Sequence[Quarantined]) -> None:

@@ -68,13 +68,14 @@ class Buckets:
 
     def smallest_rows(self, groups: Iterable[GroupShape]) -> int:
         """Index of the first of `rows` that every one of these groups fits in. Raises ValueError where none is."""
-        groups = {group.responses for group in groups}
-        most = max(map(len, groups), default=0)
+        needed = {group.responses for group in groups}
+        most = max(map(len, needed), default=0)
         for i, (count, length) in enumerate(self.rows):
-            if most <= self.responses and all(row_length(lengths, count) <= length for lengths in groups):
+            if most <= self.responses and all(row_length(lengths, count) <= length for lengths in needed):
                 return i
+        tokens = max(sum(lengths) for lengths in needed)
         raise ValueError(
-            f"a group of {most} responses, or one of {max(map(sum, groups))} tokens in all, is larger than the largest "
+            f"a group of {most} responses, or one of {tokens} tokens in all, is larger than the largest "
             f"bucket ({self.responses} responses in rows of {self.rows}): fit buckets to all data"
         )
 

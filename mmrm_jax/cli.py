@@ -30,7 +30,7 @@ from mmrm_jax.cli_args import (
     TrainArgs,
 )
 from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
-from mmrm_jax.signals import heard, leave
+from mmrm_jax.signals import INTERRUPTED, PREEMPTED, heard, leave
 
 C = TypeVar("C")
 
@@ -75,7 +75,9 @@ def train(argv: Sequence[str], console: Console) -> dict[str, Any]:
 
     default, rest = _config_file(argv, TrainConfig)
     args = _parse("train", TrainArgs, rest, TrainArgs("", Path(), default or TrainConfig()), ("spec", "out"))
-    return _written(args.json, train_run(args.config, args.spec, args.out, args.model, args.image_root, console))
+    return _written(
+        args.json, train_run(args.config, args.spec, args.out, args.model, args.image_root, console, args.resume)
+    )
 
 
 def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -185,25 +187,25 @@ SEVERAL = ("train", "evaluate")  # commands that several processes can run toget
 def main() -> None:
     """Entry point: `mmrm COMMAND ...`. Errors that a user can mend are one message and exit status 2.
 
-    Ctrl-C ends a command at once with 130. `mmrm train` saves first (see `train.preemption`), and after SIGTERM exits
-    with 75.
+    Ctrl-C ends a command at once with 130. `mmrm train` saves first (see `train.preemption`), and exits with 75 after
+    SIGTERM, also where there is nothing to save yet.
     """
     argv = sys.argv[1:]
 
-    def interrupted(_: signal.Signals) -> None:
+    def stopped(number: signal.Signals) -> None:
         goes_on = argv[0] in ("train", "matrix", "quickstart")
-        print("\nmmrm: interrupted" + ("; give the same command again to go on" * goes_on), file=sys.stderr)
-        leave(128 + signal.SIGINT)
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+        print(f"\nmmrm: {what}" + ("; give the same command again to go on" * goes_on), file=sys.stderr)
+        leave(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
-    try:
-        with heard((signal.SIGINT,), interrupted):
+    numbers = (signal.SIGINT, signal.SIGTERM) if argv[:1] == ["train"] else (signal.SIGINT,)
+    with heard(numbers, stopped):
+        try:
             run(argv)
-    except SystemExit as stop:
-        from mmrm_jax.train.preemption import INTERRUPTED, PREEMPTED
-
-        if stop.code in (PREEMPTED, INTERRUPTED):
-            leave(stop.code)
-        raise
+        except SystemExit as stop:
+            if stop.code in (PREEMPTED, INTERRUPTED):
+                leave(stop.code)
+            raise
 
 
 def run(argv: Sequence[str]) -> None:

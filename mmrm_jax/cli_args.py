@@ -84,6 +84,8 @@ class TrainArgs:
         model: Checkpoint folder, in InternVL's own layout or in that of transformers' InternVLForConditionalGeneration;
             None takes the tiny model in the package.
         image_root: Folder that image paths are relative to; None takes the data file's.
+        resume: Go on from the last checkpoint in `out`, where there is one; without it a run of the same configuration
+            begins again and replaces what is there.
         json: Also write the results to this file.
     """
 
@@ -92,6 +94,7 @@ class TrainArgs:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: Path | None = None
     image_root: Path | None = None
+    resume: bool = True
     json: Path | None = None
 
 

@@ -9,9 +9,11 @@ or found by JAX on a cluster it knows (SLURM, TPU pods, GKE, Open MPI): MMRM_DIS
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,6 +78,20 @@ def any_process(value: bool) -> bool:
     if not jax.distributed.is_initialized():
         return value
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def divided(
+    work: Callable[[int], Any], count: int, progress: Callable[[range], Iterable[int]] = lambda indices: indices
+) -> list[Any]:
+    """[work(0), ..., work(count - 1)], which are JSON values: each process does its part, and all get the whole."""
+    if not jax.distributed.is_initialized():
+        return [work(index) for index in progress(range(count))]
+    part, parts = jax.process_index(), jax.process_count()
+    mine = range(count * part // parts, count * (part + 1) // parts)
+    text = json.dumps([work(index) for index in progress(mine)]).encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(text)))))
+    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8)).reshape(parts, longest)
+    return [value for each in texts for value in json.loads(each.tobytes())]
 
 
 def shutdown() -> None:

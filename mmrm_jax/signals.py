@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
+
 
 @contextmanager
 def heard(numbers: tuple[signal.Signals, ...], receive: Callable[[signal.Signals], None]) -> Iterator[None]:

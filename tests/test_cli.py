@@ -117,6 +117,13 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     assert status == 0 and "going on from step 3" in text, text
     status, text = run(capsys, *train, "--seed", 5)
     assert status == 2 and "seed: 0 -> 5" in text
+    status, text = run(capsys, *train, "--resume")
+    assert status == 0 and "going on from step 3" in text, text
+    status, text = run(capsys, *train, "--no-resume", "--log-every", 3)
+    assert status == 0 and "going on" not in text, text
+    again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in again] == [3]
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["3"]
 
     bad, before = tmp_path / "bad.jsonl", (out / "quarantine.jsonl").read_bytes()
     bad.write_text("{broken\n")
@@ -249,15 +256,23 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("command", ["matrix", "score"])
-def test_an_interrupt_is_heard_while_compiling_and_says_how_to_go_on_where_that_helps(command):
+@pytest.mark.parametrize(
+    ("command", "number", "status", "message"),
+    [
+        ("matrix", signal.SIGINT, 130, "interrupted; give the same command again to go on"),
+        ("score", signal.SIGINT, 130, "interrupted"),
+        # Preempted while it reads data or a model: there is nothing to save, and a queue is to start it again.
+        ("train", signal.SIGTERM, 75, "stopped by SIGTERM; give the same command again to go on"),
+        ("train", signal.SIGINT, 130, "interrupted; give the same command again to go on"),
+    ],
+)
+def test_a_signal_is_heard_while_compiling_and_says_how_to_go_on_where_that_helps(command, number, status, message):
     process = subprocess.Popen([sys.executable, "-c", BUSY, command], stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    goes_on = "; give the same command again to go on" if command == "matrix" else ""
-    assert errors == f"\nmmrm: interrupted{goes_on}\n"
+    assert process.returncode == status
+    assert errors == f"\nmmrm: {message}\n"
 
 
 def test_a_setting_out_of_range_is_named(capsys, tmp_path):

@@ -21,7 +21,12 @@ from tiny_models import (
     relative_errors,
 )
 
-from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.plan.estimate import estimate_memory, saved_activations
+from mmrm_jax.plan.hardware import CHIPS, Topology
+from mmrm_jax.plan.search import Job, placed_batch
+from mmrm_jax.plan.shapes import DataShape
+from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.types import Comparison
 
@@ -91,3 +96,22 @@ def test_a_frozen_tower_has_no_backward_pass_and_takes_no_memory_for_one() -> No
     backward = 2 * tower.num_layers * (weights + attention)
     added = steps["trained"].cost_analysis()["flops"] - steps["frozen"].cost_analysis()["flops"]
     assert added == pytest.approx(backward, rel=0.1)  # the rest is norms, softmax and GELU
+
+
+def test_what_a_frozen_tower_saves_is_what_the_analysis_of_mmrm_plan_predicts() -> None:
+    """The step's peak on one device: its arguments and all that it allocates."""
+    tower = VisionConfig(image_size=28, patch_size=2, width=128, mlp_width=512, num_layers=6, num_heads=4)
+    decoder = dataclasses.replace(DECODER, width=64, mlp_width=128, head_width=32, num_kv_heads=2)
+    model, shape = ModelConfig(tower, decoder), DataShape(tiles=2, prompt=16, response=16)
+    found, predicted = {}, {}
+    for freeze in ((), ("vision",)):
+        config = TrainConfig(objective="standard", batch_size=16, freeze=freeze, remat="dots", mesh=MeshConfig(2, 2, 2))
+        program = build_program(model, config, 10)
+        abstract = placed_batch(Job(model, config, shape, Topology("", CHIPS["h100"], 8, None)), program)
+        memory = program.lower_train_step(program.abstract, abstract).compile().memory_analysis()
+        found[freeze] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        saved = saved_activations(program, model, config, shape)
+        predicted[freeze] = estimate_memory(program, abstract, model, config, shape, saved).total
+    saving = predicted[()] - predicted["vision",]
+    assert found[()] - found["vision",] == pytest.approx(saving, rel=0.1)
+    assert saving > found[()] / 2  # with its backward pass the tower is most of what there is

@@ -122,9 +122,9 @@ def test_a_checkpoint_goes_on_on_another_mesh(data, model, whole, tmp_path, monk
 
 
 class Two:
-    """Two processes that run one command together."""
+    """Two processes that run one command, or another program, together."""
 
-    def __init__(self, folder: Path, *arguments: object):
+    def __init__(self, folder: Path, *arguments: object, program: str = "from mmrm_jax.cli import main; main()"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -134,7 +134,7 @@ class Two:
             own = {"MMRM_COORDINATOR": address, "MMRM_NUM_PROCESSES": "2", "MMRM_PROCESS_ID": str(i)}
             own |= {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
             own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            command = [sys.executable, "-c", "from mmrm_jax.cli import main; main()", *map(str, arguments)]
+            command = [sys.executable, "-c", program, *map(str, arguments)]
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(command, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT)
@@ -200,3 +200,46 @@ def test_a_process_that_fails_alone_ends_the_other(data, tmp_path) -> None:
     status = two.wait()
     assert 0 not in status and 2 in status, two.said()
     assert "row 4" in two.said() or "row 18" in two.said()
+
+
+OPENING = """
+import dataclasses, json, os, sys
+from pathlib import Path
+opened = []
+sys.addaudithook(lambda event, of: event == "open" and str(of[0]).endswith(".png") and opened.append(str(of[0])))
+from rich.console import Console
+from mmrm_jax import distributed
+from mmrm_jax.config import DataConfig, TrainConfig
+from mmrm_jax.eval.evaluate import image_clusters
+from mmrm_jax.eval.single import open_run
+distributed.initialize()
+data, out = map(Path, sys.argv[1:])
+run = open_run(TrainConfig(data=DataConfig(cache=False)), str(data), out, None, None, Console(quiet=True))
+found = {
+    "fingerprints": run.settings["fingerprints"],
+    "kept": [run.train.kept, run.validation.kept],
+    "shapes": [dataclasses.asdict(shape) for shape in run.train.shapes],
+    "clusters": image_clusters(run.validation).tolist(),
+}
+name = "opened-" + os.environ.get("MMRM_PROCESS_ID", "alone")
+Path(out.parent, name).write_text(json.dumps({"found": found, "opened": opened}))
+distributed.shutdown()
+"""
+
+
+def test_two_processes_share_the_reading_that_a_run_begins_with(data, tmp_path) -> None:
+    """Hashes of the images, for the hold-out and for `config.json`, and the sizes of groups."""
+    file = tmp_path / "data.jsonl"
+    row = json.loads(data.read_text().splitlines()[0]) | {"id": "long", "chosen": "word " * 5000}
+    images = {"images": str(data.parent / "images")}
+    file.write_text((data.read_text() + json.dumps(row) + "\n").replace("images/", images["images"] + "/"))
+    subprocess.run([sys.executable, "-c", OPENING, file, tmp_path / "alone"], check=True)
+    two = Two(tmp_path, file, tmp_path / "two", program=OPENING)
+    assert two.wait() == [0, 0], two.said()
+    alone, *each = (json.loads((tmp_path / f"opened-{name}").read_text()) for name in ("alone", 0, 1))
+    assert [found["found"] for found in each] == [alone["found"]] * 2
+    assert (tmp_path / "two" / "quarantine.jsonl").read_text() == (tmp_path / "alone" / "quarantine.jsonl").read_text()
+    assert "long" in (tmp_path / "two" / "quarantine.jsonl").read_text()
+    counts = [len(found["opened"]) for found in each]
+    assert len(alone["opened"]) > 100 and max(counts) < 0.6 * len(alone["opened"])
+    assert sum(counts) == len(alone["opened"]) + 2  # each hashes the image that the first and the last row show

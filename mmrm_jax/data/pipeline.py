@@ -26,6 +26,7 @@ from mmrm_jax.data.processor import Change, Processor, unchanged
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
+from mmrm_jax.distributed import divided
 from mmrm_jax.types import Batch, Group, Quarantined
 
 T = TypeVar("T")
@@ -93,26 +94,44 @@ def index_source(
 ) -> tuple[EncodedSource, list[Quarantined]]:
     """Measure every group of a source, and with `cache` encode it for good.
 
-    Without `cache` only text and image headers are read, and a picture that does not decode is met later, by
-    `EncodedSource.encode`. Groups over the token budget or with an unreadable image are returned as quarantined,
-    with the reason.
+    Without `cache` only text and image headers are read, of several processes by each its part, and a picture that does
+    not decode is met later, by `EncodedSource.encode`. Groups over the token budget or with an unreadable image are
+    returned as quarantined, with the reason.
     """
+    if not cache:
+        return _measure_source(source, processor, views, progress)
     kept: list[int] = []
-    shapes: list[GroupShape] = []
     encoded: dict[int, EncodedGroup] = {}
     quarantined = []
     for i in progress(range(len(source))):
         group = source[i]
         try:
-            if cache:
-                encoded[len(kept)] = processor.encode(group, len(kept), views)
-                shapes.append(encoded[len(kept)].shape)
-            else:
-                shapes.append(processor.measure(group, views))
+            encoded[len(kept)] = processor.encode(group, len(kept), views)
             kept.append(i)
         except (ImageError, TextError) as error:
             quarantined.append(Quarantined(group.file, group.row, str(error), group.id))
-    return EncodedSource(source, processor, views, tuple(kept), tuple(shapes), encoded), quarantined
+    shapes = tuple(each.shape for each in encoded.values())
+    return EncodedSource(source, processor, views, tuple(kept), shapes, encoded), quarantined
+
+
+def _measure_source(
+    source: GroupSource,
+    processor: Processor,
+    views: dict[str, BranchInput],
+    progress: Callable[[range], Iterable[int]],
+) -> tuple[EncodedSource, list[Quarantined]]:
+    def measure(index: int) -> dict[str, Any]:
+        group = source[index]
+        try:
+            return {"shape": dataclasses.asdict(processor.measure(group, views))}
+        except (ImageError, TextError) as error:
+            return {"problem": [group.file, group.row, str(error), group.id]}
+
+    found = divided(measure, len(source), progress)
+    kept = tuple(i for i, each in enumerate(found) if "shape" in each)
+    shapes = tuple(GroupShape(**found[i]["shape"]) for i in kept)
+    quarantined = [Quarantined(*each["problem"]) for each in found if "problem" in each]
+    return EncodedSource(source, processor, views, kept, shapes, {}), quarantined
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 from mmrm_jax.data.folder import why
 from mmrm_jax.data.records import DataError, read_groups
+from mmrm_jax.distributed import divided
 from mmrm_jax.types import Group, Quarantined
+
+_BLOCK = 4096  # groups whose text processes exchange at a time
 
 
 class GroupSource(Protocol):
@@ -130,18 +133,33 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
-    known: dict[Path, str] = {}
-    identities = [group_identity(source[index], known) for index in range(len(source))]
-    draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(identities)}
+    found = identities(source)
+    draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(found)}
     order = sorted(draws, key=lambda identity: draws[identity])
     if fraction > 0 and len(order) < 2:
         raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
     drawn = sum(draw < fraction for draw in draws.values())
     count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
     held_out = set(order[:count])
-    train = tuple(index for index, identity in enumerate(identities) if identity not in held_out)
-    validation = tuple(index for index, identity in enumerate(identities) if identity in held_out)
+    train = tuple(index for index, identity in enumerate(found) if identity not in held_out)
+    validation = tuple(index for index, identity in enumerate(found) if identity in held_out)
     return ViewSource(source, train), ViewSource(source, validation)
+
+
+def identities(source: GroupSource) -> list[str]:
+    """`group_identity` of every group; of several processes each reads its part of the images."""
+    known: dict[Path, str] = {}
+
+    def one(index: int) -> dict[str, str]:
+        try:
+            return {"identity": group_identity(source[index], known)}
+        except DataError as error:
+            return {"problem": str(error)}
+
+    found = divided(one, len(source))
+    for problem in [each["problem"] for each in found if "problem" in each]:
+        raise DataError(problem)  # in every process
+    return [each["identity"] for each in found]
 
 
 def group_identity(group: Group, known: dict[Path, str]) -> str:
@@ -166,17 +184,23 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
     """SHA-256 of what training and testing see of a source: ids, prompts, responses, comparisons and images, in order.
 
     `known` is shared between sources that show the same files, as in `group_identity`. Where files lie and what they
-    are called does not matter. An image that cannot be read counts as such: it is quarantined, not used.
+    are called does not matter. An image that cannot be read counts as such: it is quarantined, not used. Of several
+    processes each reads its part of the images.
     """
-    total = hashlib.sha256()
-    for index in range(len(source)):
+
+    def line(index: int) -> str:
         group = source[index]
         try:
             image = group_identity(group, known)
         except DataError:
             image = "unreadable"
         comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
-        total.update(json.dumps([group.id, group.prompt, group.responses, comparisons, image]).encode() + b"\n")
+        return json.dumps([group.id, group.prompt, group.responses, comparisons, image])
+
+    total = hashlib.sha256()
+    for start in range(0, len(source), _BLOCK):
+        for text in divided(lambda i, start=start: line(start + i), min(_BLOCK, len(source) - start)):
+            total.update(text.encode() + b"\n")
     return total.hexdigest()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmrm_jax.data.batching import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches
-from mmrm_jax.data.sources import group_identity
+from mmrm_jax.data.sources import ViewSource, identities
 from mmrm_jax.distributed import own_file
 from mmrm_jax.sharding import batch_share, gather, whole_batch
 from mmrm_jax.train.program import Program
@@ -89,7 +89,6 @@ def evaluate(
 
 def image_clusters(data: EncodedSource) -> np.ndarray:
     """A number per group, int [groups], that groups share which show the same image (or, without one, prompt)."""
-    known: dict[Path, str] = {}
     numbers: dict[str, int] = {}
-    identities = (group_identity(data.group(index), known) for index in range(len(data)))
-    return np.asarray([numbers.setdefault(identity, len(numbers)) for identity in identities])
+    shown = identities(ViewSource(data.source, data.kept))
+    return np.asarray([numbers.setdefault(identity, len(numbers)) for identity in shown])

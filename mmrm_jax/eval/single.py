@@ -99,10 +99,17 @@ def open_run(
 
 
 def train_run(
-    config: TrainConfig, spec: str, out: Path, model: Path | None, image_root: Path | None, console: Console
+    config: TrainConfig,
+    spec: str,
+    out: Path,
+    model: Path | None,
+    image_root: Path | None,
+    console: Console,
+    go_on: bool = True,
 ) -> dict[str, Any]:
     """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` that is whole, if there is one.
 
+    Without `go_on` it begins again, and replaces what lies there once it trains.
     Of several processes each reads its share of every batch, and `out` is a folder that all of them see. Raises
     CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
     """
@@ -113,7 +120,7 @@ def train_run(
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
     unreadable = out / "unreadable.jsonl"
-    state = resume(program, out, lambda message: console.print(message, style="yellow"))
+    state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
     if state is None:
         params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
         if drawn:

@@ -127,7 +127,7 @@ class Checkpoints:
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
-            for step in set(self._metrics) - kept_steps(self._metrics, self._config):
+            for step in sorted(set(self._metrics) - kept_steps(self._metrics, self._config)):
                 self._delete(step)
 
     def _delete(self, step: int) -> None:

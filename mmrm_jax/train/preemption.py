@@ -14,10 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmrm_jax.sharding import replicated
-from mmrm_jax.signals import heard, leave
-
-PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
-INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
+from mmrm_jax.signals import INTERRUPTED, PREEMPTED, heard, leave
 
 
 class Preempted(Exception):

@@ -25,3 +25,9 @@ def fixtures(name: str, *files: str) -> list:
         reason = f"no reference data: {ROOT} has no folder *_{name}* with {', '.join(files)}"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="absent")]
     return [pytest.param(folder, id=folder.name) for folder in found]
+
+
+def sibling(folder: Path, name: str) -> Path:
+    """The folder of the same set that a fixture names by another folder's name; its prefix may have been changed."""
+    prefix = folder.name.partition("_")[0]
+    return folder.parent / f"{prefix}_{name.partition('_')[2]}"

@@ -109,18 +109,35 @@ def test_phi3_tokens_swallow_the_white_space_behind_them(chats) -> None:
     assert tokens[-4:] == ["<|assistant|>", "the", "▁", "<|end|>"]
 
 
-def test_an_opening_token_that_is_not_marked_special_leaves_the_space(tmp_path) -> None:
-    """Llama's tokenizer, `legacy` false, drops its opening space before special tokens only."""
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_opening_token_that_is_not_listed_as_special_leaves_the_space(listed: bool, tmp_path) -> None:
+    """Llama's tokenizer, `legacy` false, drops its opening space before those alone; flags of a token say nothing.
+
+    Role tokens of Phi-3 are marked special and not listed: transformers 4.44 gives them a space at the opening.
+    """
     folder = save_sentencepiece(tmp_path, CHATML_TOKENS, config={"legacy": False})
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for token in config["added_tokens_decoder"].values():
-        token["special"] = False
+        token["special"] = not listed
+    config["additional_special_tokens"] = [{"content": "<|im_start|>"}] if listed else []
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     chat = ChatTokenizer.from_pretrained(folder, V, TEMPLATES["chatml"])
+    opening = ["<s>", "<|im_start|>"] if listed else ["<s>", "▁", "<|im_start|>"]
     for copy in (chat, pickle.loads(pickle.dumps(chat))):
         ids = copy.conversation("<|im_end|>", "b", 0, "absent").tokens
-        assert tokens_of(chat, ids)[:3] == ["<s>", "▁", "<|im_start|>"]
+        assert tokens_of(chat, ids)[: len(opening)] == opening
         assert tokens_of(chat, ids).count("<|im_end|>") == 2
+    # Where the configuration lists no added tokens, special_tokens_map.json has a say.
+    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
+    first = min(map(int, config["added_tokens_decoder"]))
+    (folder / "added_tokens.json").write_text(json.dumps({t: first + i for i, t in enumerate(CHATML_TOKENS)}))
+    named = {"additional_special_tokens": ["<|im_start|>"]} if listed else {"eos_token": "</s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    chat = ChatTokenizer.from_pretrained(folder, V, TEMPLATES["chatml"])
+    assert tokens_of(chat, chat.conversation("a", "b", 0, "absent").tokens)[: len(opening)] == opening
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": [5]}))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: the special tokens cannot be read"):
+        read_vocabulary(folder)
 
 
 def naive_sentencepiece(pieces, text: str) -> list[str]:

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from golden_batches import golden_batch, golden_groups, golden_models
-from goldens import fixtures
+from goldens import fixtures, sibling
 from safetensors.numpy import load_file
 from tiny_models import flat
 
@@ -64,7 +64,7 @@ def without_vision(optimizer: optax.GradientTransformation) -> optax.GradientTra
 @pytest.mark.parametrize("folder", RUNS)
 def test_training_follows_the_authors(folder: Path, tmp_path: Path) -> None:
     log, steps = json.loads((folder / "train.json").read_text()), np.load(folder / "steps.npz")
-    source = folder.parent / log["source_fixture"]
+    source = sibling(folder, log["source_fixture"])
     config, params = golden_models(source, tmp_path)
     branches = ("primary", "proxy") if log["robust"] else ("primary",)
     params = {branch: params[branch] for branch in branches}
@@ -112,7 +112,7 @@ def test_schedule_and_decay_groups_are_the_authors(folder: Path, tmp_path: Path)
     rate = learning_rate(optimizer_config(log), log["steps"])
     for entry in log["log"]:  # logged after a step: the rate of the next
         assert float(rate(entry["step"])) == pytest.approx(entry["learning_rate"], rel=1e-5, abs=1e-12)
-    config, params = golden_models(folder.parent / log["source_fixture"], tmp_path)
+    config, params = golden_models(sibling(folder, log["source_fixture"]), tmp_path)
     branches = {"primary": ""} | ({"proxy": PROXY_PREFIX} if log["robust"] else {})
     masks = reference_decay_mask({b: params[b] for b in branches}, config.decoder.family)
     seen = set()

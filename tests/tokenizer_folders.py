@@ -73,6 +73,7 @@ def save_sentencepiece(
         for i, t in enumerate(tokens)
     }
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "added_tokens_decoder": decoder}
+    settings["additional_special_tokens"] = list(tokens)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | (config or {})))
     return folder
 

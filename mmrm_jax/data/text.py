@@ -161,13 +161,13 @@ def _settle_opening(vocabulary: Vocabulary, template: Template) -> Vocabulary:
     """The vocabulary for a template that opens with a token of its own.
 
     A space for the opening text alone (Llama's tokenizer, `legacy` false) becomes a token by itself there, unless the
-    template's token is marked special.
+    template's token is one that the tokenizer's files list as special.
     """
     first = template.before_prompt[0]
     if not isinstance(first, Special) or not vocabulary.opening or vocabulary.inner:
         return vocabulary
     tokenizer, start = vocabulary.tokenizer, vocabulary.start
-    if not any(t.content == first.token and t.special for t in tokenizer.get_added_tokens_decoder().values()):
+    if first.token not in vocabulary.listed:
         start += tuple(tokenizer.encode(vocabulary.opening, add_special_tokens=False).ids)
     return Vocabulary(tokenizer, start)
 

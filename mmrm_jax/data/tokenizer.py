@@ -36,6 +36,11 @@ TOKENIZER_FILES = (
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ROLES = (
+    *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+    "additional_special_tokens",
+)
+
 _QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
@@ -48,12 +53,15 @@ class Vocabulary:
         start: Ids that open every conversation (the beginning-of-sequence token, or none).
         opening: What is put before a text that opens a conversation, ...
         inner: ... and before any other text: a space, in the spelling of the model, or nothing.
+        listed: The tokens that the files name as special, before which nothing opens a conversation. A flag of an added
+            token alone does not make it one of them.
     """
 
     tokenizer: Tokenizer
     start: tuple[int, ...] = ()
     opening: str = ""
     inner: str = ""
+    listed: frozenset[str] = frozenset()
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -142,7 +150,8 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     # Llama's tokenizer, where `legacy` is false, puts the space before the whole conversation and no longer before
     # each of its texts; which it does whatever the model itself says.
     if config.get("legacy") is False:
-        return Vocabulary(tokenizer, start, opening=SPACE if config.get("add_prefix_space", True) else "")
+        opening = SPACE if config.get("add_prefix_space", True) else ""
+        return Vocabulary(tokenizer, start, opening=opening, listed=_listed(path, config))
     space = SPACE if model.dummy_prefix else ""
     return Vocabulary(tokenizer, start, opening=space, inner=space)
 
@@ -205,6 +214,19 @@ def _added_tokens(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file}: the added tokens cannot be read: {error!r}") from error
     return tokens
+
+
+def _listed(path: Path, config: Mapping[str, Any]) -> frozenset[str]:
+    """The special tokens by their roles: `special_tokens_map.json` counts where there is no `added_tokens_decoder`."""
+    file, found = path / "tokenizer_config.json", set()
+    try:
+        found |= {t.content for t in _special_tokens({k: v for k, v in config.items() if k in _ROLES and v})}
+        if "added_tokens_decoder" not in config:
+            file = path / "special_tokens_map.json"
+            found |= {t.content for t in _special_tokens(read_optional(file))}
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file}: the special tokens cannot be read: {error!r}") from error
+    return frozenset(found)
 
 
 def _special_tokens(names: Mapping[str, Any]) -> Iterator[AddedToken]:

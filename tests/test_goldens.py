@@ -258,18 +258,18 @@ class Pooling:
 
     @functools.cached_property
     def run(self):
-        """(prefix, responses, lengths, pixels) -> the head's value at every token, and the reward, of every row."""
+        """(prefix, responses, pixels) -> the head's value at every token, and the reward, of every row."""
         config = read_config(self.folder)
         params, _ = load_params(self.folder, config, random_params(config, 0))
         graphdef, _ = abstract_model(config)
 
         @jax.jit
-        def run(params, prefix, responses, lengths, values):
+        def run(params, prefix, responses, values):
             model = nnx.merge(graphdef, params)
             with pytest.MonkeyPatch.context() as patch:  # noise, as in the test of the vision tower
                 patch.setattr("mmrm_jax.models.vision.normalise_pixels", lambda pixels, config: values)
-                before, after = model(prefix, responses, lengths, jnp.dtype("float32"))
-                rewards = model.rewards(prefix, responses, lengths)
+                before, after = model(prefix, responses, jnp.dtype("float32"))
+                rewards = model.rewards(prefix, responses)
             return jnp.concatenate([before, after[:, 0]], axis=1) @ model.score[...], rewards[:, 0]
 
         return functools.partial(run, params)
@@ -284,8 +284,10 @@ class Pooling:
         pixels = self.data["pixel_values"].transpose(0, 2, 3, 1)[images]
         blank = np.zeros((rows, 1, *pixels.shape[1:]), np.uint8)
         prefix = Prefix(prefixes, np.full(rows, split, np.int32), visual, blank)
-        responses = np.pad(tokens[:, None, split:].astype(np.int32), ((0, 0), (0, 0), (0, 3)), constant_values=7)
-        return self.run(prefix, responses, np.full((rows, 1), length - split, np.int32), pixels)
+        padded = np.pad(tokens[:, None, split:].astype(np.int32), ((0, 0), (0, 0), (0, 3)), constant_values=7)
+        positions = np.tile(np.pad(np.arange(length - split, dtype=np.int32), (0, 3)), (rows, 1, 1))
+        last = np.full((rows, 1), length - split - 1, np.int32)
+        return self.run(prefix, Responses(padded, positions, last), pixels)
 
 
 POOLING = fixtures("pooling", "data.npz", "model.safetensors")
@@ -294,42 +296,12 @@ POOLING = fixtures("pooling", "data.npz", "model.safetensors")
 @pytest.mark.parametrize("folder", POOLING)
 def test_reward_positions_come_from_lengths(folder: Path) -> None:
     """The reference looks for the pad token, which is also the end of every turn; ours is told the length."""
-<<<<<<< HEAD
-    data, config = np.load(folder / "data.npz"), read_config(folder)
-    params, _ = load_params(folder, config, random_params(config, 0))
-    graphdef, _ = abstract_model(config)
-    context = data["input_ids"][0, 2]  # <IMG_CONTEXT>, between the tags around the image
-    pixels = data["pixel_values"].transpose(0, 2, 3, 1)
-
-    @jax.jit
-    def run(params, prefix, responses, values):
-        model = nnx.merge(graphdef, params)
-        with pytest.MonkeyPatch.context() as patch:  # noise, as in the test of the vision tower
-            patch.setattr("mmrm_jax.models.vision.normalise_pixels", lambda pixels, config: values)
-            before, after = model(prefix, responses, jnp.dtype("float32"))
-            rewards = model.rewards(prefix, responses)
-        return jnp.concatenate([before[0], after[0, 0]]) @ model.score[...], rewards[0, 0]
-
-    for i, (tokens, mask) in enumerate(zip(data["input_ids"], data["attention_mask"])):
-        start, end = np.flatnonzero(mask)[[0, -1]]
-        tokens = tokens[start : end + 1].astype(np.int32)[None]
-        split = 6
-        visual = np.where(tokens[:, :split] == context, 0, -1).astype(np.int32)
-        blank = np.zeros((1, 1, *pixels.shape[1:]), np.uint8)
-        prefix = Prefix(tokens[:, :split], np.array([split], np.int32), visual, blank)
-        rows = np.pad(tokens[:, None, split:], ((0, 0), (0, 0), (0, 3)), constant_values=7)
-        length = tokens.shape[1] - split
-        positions = np.pad(np.arange(length, dtype=np.int32), (0, 3))[None, None]
-        responses = Responses(rows, positions, np.array([[length - 1]], np.int32))
-        by_token, reward = run(params, prefix, responses, pixels[i : i + 1])
-=======
     pooling = Pooling(folder)
     data = pooling.data
     for i, (row, mask) in enumerate(zip(data["input_ids"], data["attention_mask"])):
         start, end = np.flatnonzero(mask)[[0, -1]]
         tokens = row[start : end + 1]
         by_token, reward = (found[0] for found in pooling(tokens[None], [i]))
->>>>>>> issue3
         # RoPE is relative, so leaving out padding on the left changes nothing.
         want = data["token_rewards"][i, start : end + 1]
         alike = len(want) if mask[start : end + 1].all() else int(np.argmin(mask[start : end + 1]))

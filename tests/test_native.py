@@ -15,7 +15,7 @@ from tiny_models import flat, random_params
 from mmrm_jax.models.hf.config import config_from_hf, config_to_native, read_config
 from mmrm_jax.models.hf.weights import checkpoint_problems, load_params, save_params
 from mmrm_jax.train.state import abstract_model, init_params
-from mmrm_jax.types import Prefix
+from mmrm_jax.types import Prefix, Responses
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "data" / "native").glob("*/config.json"))
 by_model = pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
@@ -34,16 +34,18 @@ def test_hidden_states_are_those_of_transformers(folder: Path) -> None:
     values = jnp.asarray(data["pixel_values"].transpose(0, 2, 3, 1))
     blank = np.zeros((1, 1, *values.shape[1:]), np.uint8)
     prefix = Prefix(tokens[:, :split], np.array([split], np.int32), visual, blank)
-    lengths = np.array([[tokens.shape[1] - split]], np.int32)
+    length = tokens.shape[1] - split
+    positions = np.arange(length, dtype=np.int32)[None, None]
+    responses = Responses(tokens[:, None, split:], positions, np.array([[length - 1]], np.int32))
 
     @jax.jit
-    def run(params, prefix, responses, lengths):
+    def run(params, prefix, responses):
         model = nnx.merge(abstract_model(config)[0], params)
-        return model(prefix, responses, lengths, jnp.dtype("float32"))
+        return model(prefix, responses, jnp.dtype("float32"))
 
     with pytest.MonkeyPatch.context() as patch:  # the pixels are noise that comes from no uint8 image
         patch.setattr("mmrm_jax.models.vision.normalise_pixels", lambda pixels, config: values)
-        before, after = run(params, prefix, tokens[:, None, split:], lengths)
+        before, after = run(params, prefix, responses)
     got = np.concatenate([before[0], after[0, 0]])
     np.testing.assert_allclose(got, data["last_hidden"][0], rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ from mmrm_jax.models.hf.config import config_from_hf, config_to_hf
 from mmrm_jax.models.sizes import INTERNVL2
 from mmrm_jax.sharding import make_mesh, param_shardings
 from mmrm_jax.train.state import abstract_model
-from mmrm_jax.types import Prefix
+from mmrm_jax.types import Prefix, Responses
 
 # Parameters of the published checkpoints, LM head included. Those of 2B, 8B and 26B are the hub's own counts of the
 # safetensors files (of InternVL2.5, whose shapes at these sizes are the same). Those of 1B and 4B, which the hub shows
@@ -61,8 +61,7 @@ def test_the_forward_traces(name: str, config: ModelConfig) -> None:
         lambda p, *args: nnx.merge(graphdef, p).rewards(*args, jnp.dtype("bfloat16")),
         params,
         prefix,
-        i32(2, 4, 512),
-        i32(2, 4),
+        Responses(i32(2, 4, 512), i32(2, 4, 512), i32(2, 4)),
     )
     assert (rewards.shape, rewards.dtype) == ((2, 4), np.dtype("float32"))
 

@@ -129,7 +129,8 @@ def _measure_source(
 
     found = divided(measure, len(source), progress)
     kept = tuple(i for i, each in enumerate(found) if "shape" in each)
-    shapes = tuple(GroupShape(**found[i]["shape"]) for i in kept)
+    measured = (found[i]["shape"] for i in kept)
+    shapes = tuple(GroupShape(**shape | {"responses": tuple(shape["responses"])}) for shape in measured)
     quarantined = [Quarantined(*each["problem"]) for each in found if "problem" in each]
     return EncodedSource(source, processor, views, kept, shapes, {}), quarantined
 

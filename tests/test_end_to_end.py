@@ -102,7 +102,7 @@ def test_token_ids_of_every_item(folder: Path, tmp_path: Path) -> None:
         assert (got.visual >= 0).tolist() == (ids == context).tolist()
         assert got.visual.max() + 1 == (1 if view == "blank" else tiles) * expected["num_image_token"]
         seen += 1
-    assert seen
+    assert seen >= 10
     for name in ("vlfeedback", "pairs"):
         for i, lengths in enumerate(expected[f"{name}.lengths"]):
             sides = ("chosen", "rejected", "chosen_fake", "rejected_fake")

@@ -165,8 +165,6 @@ def variant(folder: Path, name: str, **fields) -> ModelConfig:
 @pytest.mark.parametrize("folder", fixtures("vision_variants", "data.npz"))
 def test_visual_features_are_the_authors(folder: Path, name: str, tmp_path: Path) -> None:
     """Both tower styles, pixel shuffles and selected layers, and position tables resized to other image sizes."""
-    if not (folder / f"vision_{name}.safetensors").exists():
-        pytest.skip(f"{folder} has no tower of this style")
     data = np.load(folder / "data.npz")
     config = variant(folder, name)
     save_params(tmp_path, config, random_params(config, 0))
@@ -243,7 +241,7 @@ def test_rope_tables_are_the_authors(folder: Path) -> None:
             got = tables(decoder, int(positions.max()) + 1, positions)[part]
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE, err_msg=key)
         compared += 1
-    assert compared
+    assert compared > 10
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,7 +173,7 @@ class ScoreArgs:
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Rows a step; rounded up to a multiple of the devices.
-        buckets: How many padded sizes the response length may take: the bound on compilations.
+        buckets: Most shapes that batches are padded to, and so compilations of a step; more of them waste less.
         draw_score: For a checkpoint without a score head: the seed that a random one is drawn from.
         json: Also write a summary to this file.
     """

@@ -259,7 +259,7 @@ class DataConfig:
     Attributes:
         max_length: Token budget of one conversation; longer rows are quarantined, never truncated.
         max_tiles: Most image tiles per group, not counting the thumbnail; None takes the checkpoint's own value.
-        buckets: How many padded sizes the response length may take: the bound on compilations.
+        buckets: Most shapes that batches are padded to, and so compilations of a step; more of them waste less.
         workers: Grain worker processes; 0 reads in the training process.
         holdout: Share of each training file, split off by image, on which choices are made.
         holdout_seed: Which share that is.

@@ -11,7 +11,7 @@ from PIL import Image
 from mmrm_jax.config import Augmentation
 from mmrm_jax.data.augment import augment
 from mmrm_jax.data.images import Preprocessing
-from mmrm_jax.data.pipeline import BatchPlan, MakeBatch, SequentialPlan, batches, buckets_for, index_source
+from mmrm_jax.data.pipeline import BatchPlan, ListPlan, MakeBatch, batches, buckets_for, index_source
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
@@ -116,7 +116,7 @@ def test_a_step_is_a_function_of_the_seed_and_its_number(data):
 
 def test_every_image_is_changed_and_nothing_else_is(data):
     """Group 5 has no image. The same groups at another step are changed in another way."""
-    plan = SequentialPlan(len(data), 4)
+    plan = ListPlan(range(len(data)), 4)
     make = MakeBatch(data, buckets_for([data], 1), 4, augmentation=CROPPED)
     for ours, theirs in zip(batches(plan, make.random, seed=1), batches(plan, make), strict=True):
         for i, tiles in shown(ours).items():

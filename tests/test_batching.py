@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_models import is_response
 
-from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
+from mmrm_jax.data.batching import EncodedGroup, collate
+from mmrm_jax.data.buckets import Buckets, GroupShape, fit_buckets
 from mmrm_jax.data.text import Conversation
 from mmrm_jax.types import Comparison
 
@@ -179,36 +180,29 @@ def test_buckets_cover_the_data_with_few_shapes(seed, k):
     groups, _ = random_data(seed)
     shapes = [shape_of(g) for g in groups]
     buckets = fit_buckets(iter(shapes), k, SIDE)
-    for sizes in (*buckets.prefixes.values(), buckets.tiles):
-        assert list(sizes) == sorted(set(sizes))
-    assert len(set(buckets.rows)) == len(buckets.rows) <= k
-    lengths = [length for _, length in buckets.rows]
-    assert all(size % 4 == 0 for sizes in (*buckets.prefixes.values(), lengths) for size in sizes)
-    assert buckets.smallest_rows(shapes) < len(buckets.rows)  # one of them fits all
+    assert 1 <= len(buckets.shapes) <= k and [s.cost for s in buckets.shapes] == sorted(s.cost for s in buckets.shapes)
+    sizes = [size for s in buckets.shapes for size in (*s.prefixes.values(), s.rows[1])]
+    assert all(size % 4 == 0 for size in sizes)
+    assert all(map(buckets.shapes[-1].fits, shapes))
     seen = set()
     for _ in range(30):
         chosen = [groups[i] for i in rng.permutation(len(groups))[: rng.integers(1, 5)]]
         batch = collate(chosen, buckets, num_groups=4, micro_batches=1, views=VIEWS)
         seen.add(tuple(x.shape for x in jax.tree.leaves(batch)))
-        assert batch.responses.tokens.shape[2:] == buckets.rows[buckets.smallest_rows(map(shape_of, chosen))]
-    assert len(seen) <= buckets.count == len(buckets.rows)
-
-
-def test_groups_get_the_cheapest_rows_that_fit():
-    lengths = [(8, 7)] * 50 + [(40, 9)] * 50
-    buckets = fit_buckets([GroupShape({"primary": 5}, n, 0, 1) for n in lengths], 2, SIDE)
-    assert buckets.rows == ((2, 8), (1, 52))
-    assert buckets.prefixes == {"primary": (8,)}
-    assert (buckets.responses, buckets.tiles, buckets.comparisons) == (2, (0,), 1)
+        shape = buckets.smallest(map(shape_of, chosen))
+        assert all(shape.fits(shape_of(g)) for g in chosen)
+        assert batch.responses.tokens.shape[2:] == shape.rows
+        assert {b: p.tokens.shape[-1] for b, p in batch.prefixes.items()} == shape.prefixes
+    assert len(seen) <= len(buckets.shapes)
 
 
 def test_room_for_longer_responses_of_another_process():
     groups, buckets = random_data(2)
-    short, long = (f(groups, key=lambda g: buckets.smallest_rows([shape_of(g)])) for f in (min, max))
-    assert buckets.smallest_rows([shape_of(short)]) < buckets.smallest_rows([shape_of(long)])
+    short, long = (f(groups, key=lambda g: buckets.of(shape_of(g))) for f in (min, max))
+    assert buckets.of(shape_of(short)) < buckets.of(shape_of(long))
     batch = collate([short], buckets, num_groups=1, micro_batches=1, views=VIEWS, room_for=[shape_of(long)])
     beside = collate([long], buckets, num_groups=1, micro_batches=1, views=VIEWS)
-    assert batch.responses.tokens.shape == beside.responses.tokens.shape
+    assert [x.shape for x in jax.tree.leaves(batch)] == [x.shape for x in jax.tree.leaves(beside)]
     check_equal(short, recovered(micro(batch, 0))[short.index])
 
 

@@ -104,7 +104,7 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     assert status == 0 and "score" in text, text
     held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation/n"]
     text = " ".join(text.split())
-    assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once" in text
+    assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once; " in text
     assert f"held out, n = {held_out}" in text and "training, last 1 steps" in text, text
     assert "accuracy of the text-only proxy" in text and "/accuracy" not in text
     assert "a learning rate of 1e-05 hardly trains the tiny model" in text and "--optimizer.learning-rate 0.001" in text

@@ -14,7 +14,7 @@ from goldens import fixtures
 
 from mmrm_jax.config import BranchInput, DataConfig, TrainConfig
 from mmrm_jax.data.images import image_size, load_image, tile_count, tile_image
-from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches, buckets_for, index_source
+from mmrm_jax.data.pipeline import EncodedSource, ListPlan, MakeBatch, batches, buckets_for, index_source
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.records import read_groups
 from mmrm_jax.data.sources import MemorySource
@@ -215,7 +215,7 @@ def test_scores_are_the_authors(opened: Opened, mode: str, objective: str, branc
     assert asked == [{k: v for k, v in item.items() if k != "score"} for item in items]
     scores = []
     make = MakeBatch(data, buckets_for([data], 2), 8)
-    for stacked in batches(SequentialPlan(len(data), 8), make):
+    for stacked in batches(ListPlan(range(len(data)), 8), make):
         batch = jax.tree.map(lambda x: x[0], stacked)
         out = program.eval_step(state.params, state.frozen, program.put(batch, micro=False))
         scores += np.asarray(out[f"{branch}/rewards"])[batch.responses.last >= 0].tolist()

@@ -18,11 +18,10 @@ from PIL import Image
 
 from mmrm_jax.data.images import Preprocessing
 from mmrm_jax.data.pipeline import (
-    WINDOW,
     BatchPlan,
     EncodedSource,
+    ListPlan,
     MakeBatch,
-    SequentialPlan,
     batches,
     buckets_for,
     index_source,
@@ -76,9 +75,12 @@ def data(processor) -> EncodedSource:
     return indexed(processor, [make_group(i) for i in range(30)])
 
 
+BUCKETS = 3
+
+
 def plan_of(n: int, batch_size: int, steps: int, seed: int = 0) -> BatchPlan:
-    lengths = np.random.default_rng(n).integers(1, 60, n).tolist()
-    return BatchPlan(lengths, batch_size, seed, steps)
+    buckets = np.random.default_rng(n).choice(BUCKETS, n, p=[0.6, 0.3, 0.1]).tolist()
+    return BatchPlan(buckets, batch_size, seed, steps)
 
 
 def steps_of(plan) -> list[list[int]]:
@@ -98,7 +100,7 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("n, batch_size", [(64, 4), (64, 32), (100, 8), (1000, 8), (7, 3), (5, 8), (1, 4), (33, 32)])
-@pytest.mark.parametrize("steps", [1, 8, 25, 3 * WINDOW])
+@pytest.mark.parametrize("steps", [1, 8, 25, 48])
 def test_every_group_is_visited_equally_often(n, batch_size, steps):
     plan = plan_of(n, batch_size, steps)
     seen = steps_of(plan)
@@ -106,11 +108,14 @@ def test_every_group_is_visited_equally_often(n, batch_size, steps):
     counts = collections.Counter(flat(seen))
     total = [counts[i] for i in range(n)]
     assert set(total) <= {steps * batch_size // n, -(-steps * batch_size // n)}
-    running = collections.Counter()
-    for step in seen:
-        running.update(step)
-        at = [running[i] for i in range(n)]
-        assert max(at) - min(at) <= (2 if n >= batch_size else 1)
+    # On the way there, groups of one bucket take turns, and no bucket holds a whole batch back.
+    buckets, visits = np.asarray(plan.buckets), np.zeros(n, int)
+    for done, step in enumerate(seen, start=1):
+        np.add.at(visits, step, 1)
+        for bucket in set(plan.buckets):  # joined where too small for a batch
+            mine = visits[buckets == bucket]
+            assert mine.max() - mine.min() <= 1
+            assert mine.sum() >= done * batch_size // n * len(mine) - BUCKETS * batch_size
 
 
 @pytest.mark.parametrize("n, batch_size", [(64, 4), (64, 64), (512, 16), (96, 8)])
@@ -124,8 +129,15 @@ def test_an_epoch_of_whole_batches_visits_every_group_once(n, batch_size):
 
 
 def test_a_batch_repeats_no_group_within_an_epoch():
-    for step in steps_of(plan_of(64, 32, 40)):
+    for step in steps_of(BatchPlan([0] * 64, 32, 0, 40)):
         assert len(set(step)) == 32
+
+
+def test_buckets_too_small_for_a_batch_are_joined():
+    plan = BatchPlan([0] * 3 + [1] * 2 + [2] * 20 + [3], 5, 0, 26 * 5)
+    batches = [frozenset(plan.buckets[i] for i in step) for step in steps_of(plan)[:-1]]
+    assert set(batches) <= {frozenset({0, 1}), frozenset({2, 3}), frozenset({2}), frozenset({0}), frozenset({1})}
+    assert {0, 1} in batches and {2, 3} in batches
 
 
 def test_a_plan_is_a_function_of_seed_and_step():
@@ -135,27 +147,27 @@ def test_a_plan_is_a_function_of_seed_and_step():
     assert backwards == steps_of(plan)
     other = steps_of(plan_of(200, 8, 100, seed=1))
     assert sum(a == b for a, b in zip(steps_of(plan), other)) == 0
-    # A longer run takes the same steps, but for the last window of the shorter one.
+    # A longer run takes the same steps, but for the last of the shorter one.
     longer, shorter = steps_of(plan_of(200, 8, 150)), steps_of(plan)
-    assert longer[: 6 * WINDOW] == shorter[: 6 * WINDOW]
+    assert longer[: 100 - BUCKETS + 1] == shorter[: 100 - BUCKETS + 1]
     # Epochs differ.
     assert shorter[:25] != shorter[25:50]
 
 
-def test_batches_gather_groups_of_like_length():
-    plan = plan_of(1000, 8, 3 * WINDOW)
-    lengths = np.asarray(plan.sizes)
-    within = np.mean([np.ptp(lengths[plan[step]]) for step in range(len(plan))])
-    assert within < 0.25 * np.ptp(lengths)
-    # ... in no order of length: that would be a curriculum.
-    means = [lengths[plan[step]].mean() for step in range(WINDOW)]
-    assert means != sorted(means) and means != sorted(means, reverse=True)
+def test_a_batch_is_of_one_bucket():
+    plan = plan_of(1000, 8, 48)
+    mixed = [step for step in range(48) if len({plan.buckets[i] for i in plan[step]}) > 1]
+    assert len(mixed) < BUCKETS and all(step > 48 - BUCKETS for step in mixed)  # what was left, at the end
+    # ... in no order of buckets: that would be a curriculum.
+    order = [plan.buckets[plan[step][0]] for step in range(40)]
+    assert set(order[:20]) == set(order[20:]) == set(range(BUCKETS))
 
 
 @pytest.mark.parametrize("size, batch_size", [(10, 4), (8, 4), (3, 4), (1, 1)])
-def test_sequential_plan(size, batch_size):
-    steps = steps_of(SequentialPlan(size, batch_size))
-    assert flat(steps) == list(range(size))
+def test_a_list_in_order(size, batch_size):
+    positions = np.random.default_rng(size).permutation(size)
+    steps = steps_of(ListPlan(positions, batch_size))
+    assert flat(steps) == positions.tolist()
     assert [len(s) for s in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert 1 <= len(steps[-1]) <= batch_size
 
@@ -171,7 +183,7 @@ def test_the_stream_follows_the_plan(data):
     for step, batch in enumerate(stream):
         assert sorted(batch.group_index.ravel().tolist()) == sorted(plan[step].tolist())
         assert equal(batch, make(plan[step]))
-    tail = list(batches(SequentialPlan(len(data), 8), MakeBatch(data, buckets_for([data], 1), 8)))
+    tail = list(batches(ListPlan(range(len(data)), 8), MakeBatch(data, buckets_for([data], 1), 8)))
     indices = np.concatenate([b.group_index.ravel() for b in tail])
     assert sorted(indices[indices >= 0].tolist()) == list(range(30))
     assert (indices == -1).sum() == 2

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from mmrm_jax.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
-from mmrm_jax.data.batching import Buckets, EncodedGroup, collate
+from mmrm_jax.data.batching import EncodedGroup, collate
+from mmrm_jax.data.buckets import BatchShape, Buckets
 from mmrm_jax.data.packing import row_length
 from mmrm_jax.data.text import Conversation
 from mmrm_jax.train.program import build_program
@@ -107,11 +108,14 @@ def make_batch(
     """
     rows = max(len(g.responses) for g in groups) + extra if rows is None else rows
     views = {"primary": "multimodal", "proxy": "absent"} if views is None else views
+    shape = BatchShape(
+        prefixes={b: max(len(g.prefixes[b].tokens) for g in groups) + extra for b in views},
+        rows=(rows, max(row_length(g.shape.responses, rows) for g in groups) + extra),
+        tiles=max(len(g.tiles) for g in groups if g.tiles is not None) + extra,
+    )
     buckets = Buckets(
-        prefixes={b: (max(len(g.prefixes[b].tokens) for g in groups) + extra,) for b in views},
-        rows=((rows, max(row_length(g.shape.responses, rows) for g in groups) + extra),),
+        shapes=(shape,),
         responses=max(len(g.responses) for g in groups) + extra,
-        tiles=(max(len(g.tiles) for g in groups if g.tiles is not None) + extra,),
         comparisons=max(1, *(len(g.comparisons) for g in groups)) + extra,
         image_size=config.vision.image_size,
     )

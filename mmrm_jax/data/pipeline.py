@@ -20,7 +20,8 @@ from absl import flags
 
 from mmrm_jax.config import Augmentation, BranchInput
 from mmrm_jax.data.augment import augment
-from mmrm_jax.data.batching import Buckets, EncodedGroup, GroupShape, collate, fit_buckets
+from mmrm_jax.data.batching import EncodedGroup, collate
+from mmrm_jax.data.buckets import Buckets, GroupShape, fit_buckets
 from mmrm_jax.data.images import ImageError
 from mmrm_jax.data.processor import Change, Processor, unchanged
 from mmrm_jax.data.records import raise_first
@@ -30,8 +31,6 @@ from mmrm_jax.distributed import divided
 from mmrm_jax.types import Batch, Group, Quarantined
 
 T = TypeVar("T")
-
-WINDOW = 16  # most batches among which groups are sorted by size, to keep padding low
 
 NO_AUGMENTATION = Augmentation()
 
@@ -137,14 +136,15 @@ def _measure_source(
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """Step -> positions of its groups: epochs shuffled by (seed, epoch), then sorted by size within windows.
+    """Step -> positions of its groups, which are of one bucket: little of the batch is padding.
 
-    `sizes` are numbers that grow with what a group is padded to. Steps run on across epochs, and a window is at most
-    one epoch, so over all `steps` every group is visited steps * batch_size / (number of groups) times, rounded down or
-    up; at any step before that, two groups' counts differ by 2 at most.
+    Groups stream by, epoch after epoch, each epoch shuffled by (seed, epoch), and a batch is made whenever one of the
+    `buckets` (that of each group) has gathered enough of them; buckets too small for a batch are joined. What is left
+    of each at the end of the stream makes the last batches together, so over all `steps` every group is visited
+    steps * batch_size / (number of groups) times, rounded down or up.
     """
 
-    sizes: Sequence[int]
+    buckets: Sequence[int] = dataclasses.field(repr=False)  # Grain writes out the repr of a plan
     batch_size: int
     seed: int
     steps: int
@@ -153,35 +153,49 @@ class BatchPlan:
         return self.steps
 
     def __getitem__(self, index: int) -> np.ndarray:
-        size = max(1, min(WINDOW, len(self.sizes) // self.batch_size))
-        window, within = divmod(index, size)
-        count = min(size, self.steps - window * size)  # the last window ends with the run
-        positions = self._stream(window * size * self.batch_size, count * self.batch_size)
-        order = np.argsort(np.asarray(self.sizes)[positions], kind="stable")
-        shuffled = np.random.default_rng([self.seed, 1, window]).permutation(count)
-        return positions[order].reshape(count, self.batch_size)[shuffled[within]]
+        return self._batches[index]
 
-    def _stream(self, start: int, count: int) -> np.ndarray:
-        n = len(self.sizes)
-        parts = []
-        for epoch in range(start // n, (start + count - 1) // n + 1):
-            shuffled = np.random.default_rng([self.seed, 0, epoch]).permutation(n)
-            parts.append(shuffled[max(0, start - epoch * n) : max(0, start + count - epoch * n)])
-        return np.concatenate(parts)
+    @functools.cached_property
+    def _batches(self) -> np.ndarray:
+        """[steps, batch_size] positions, int32."""
+        total, size = self.steps * self.batch_size, self.batch_size
+        stream = self._stream(total)
+        bucket = _joined(self.buckets, size)[stream]
+        times = [np.flatnonzero(bucket == b) for b in np.unique(bucket)]
+        full = np.concatenate([t[: len(t) // size * size] for t in times]).reshape(-1, size)
+        rest = np.concatenate([t[len(t) // size * size :] for t in times]).reshape(-1, size)
+        return stream[np.concatenate([full[np.argsort(full[:, -1])], rest])]
+
+    def _stream(self, count: int) -> np.ndarray:
+        n = len(self.buckets)
+        epochs = range(-(-count // n))
+        shuffled = [np.random.default_rng([self.seed, 0, e]).permutation(n).astype(np.int32) for e in epochs]
+        return np.concatenate(shuffled)[:count]
+
+
+def _joined(buckets: Sequence[int], least: int) -> np.ndarray:
+    """The buckets numbered anew, neighbours as one until each has at least `least` groups."""
+    numbers, held = [], [0]
+    for count in np.bincount(buckets):
+        numbers.append(len(held) - 1)
+        held[-1] += count
+        if held[-1] >= least:
+            held.append(0)
+    return np.minimum(numbers, max(len(held) - 2, 0))[np.asarray(buckets)]
 
 
 @dataclasses.dataclass(frozen=True)
-class SequentialPlan:
-    """Every group once, in order; the last batch may be short."""
+class ListPlan:
+    """Every position of a list once, in order; the last batch may be short."""
 
-    size: int
+    positions: Sequence[int] = dataclasses.field(repr=False)
     batch_size: int
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
+        return -(-len(self.positions) // self.batch_size)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.arange(index * self.batch_size, min(self.size, (index + 1) * self.batch_size))
+        return np.asarray(self.positions[index * self.batch_size : (index + 1) * self.batch_size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +272,7 @@ def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:
 
 
 def batches(
-    plan: BatchPlan | SequentialPlan,
+    plan: BatchPlan | ListPlan,
     make: Callable[..., T],
     *,
     start: int = 0,

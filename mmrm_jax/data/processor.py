@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mmrm_jax.config import BranchInput
-from mmrm_jax.data.batching import EncodedGroup, GroupShape
+from mmrm_jax.data.batching import EncodedGroup
+from mmrm_jax.data.buckets import GroupShape
 from mmrm_jax.data.folder import read_object, read_optional, write_object
 from mmrm_jax.data.images import Preprocessing, image_size, load_image, tile_count, tile_image
 from mmrm_jax.data.templates import TEMPLATES, Template, find_template

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mmrm_jax.data.batching import Buckets
-from mmrm_jax.data.pipeline import EncodedSource, MakeBatch, SequentialPlan, batches
+from mmrm_jax.data.buckets import Buckets
+from mmrm_jax.data.pipeline import EncodedSource, ListPlan, MakeBatch, batches
 from mmrm_jax.data.sources import ViewSource, identities
 from mmrm_jax.distributed import own_file
 from mmrm_jax.sharding import batch_share, gather, whole_batch
@@ -44,7 +44,7 @@ def evaluate(
     quarantine: Path | None = None,
     strict: bool = False,
 ) -> Evaluation:
-    """Run the evaluation step over a whole data set, in order.
+    """Run the evaluation step over a whole data set, bucket by bucket.
 
     `batch_size` is rounded up to a multiple of the devices. Of several processes each reads its share and gets all
     results. Groups that cannot be read go to this process's own
@@ -56,7 +56,8 @@ def evaluate(
     make = MakeBatch(data, buckets, batch_size, quarantine=quarantine, strict=strict, share=share, shares=shares)
     columns: dict[str, list[np.ndarray]] = {}
     rewards: dict[str, list[np.ndarray]] = {}
-    for stacked in batches(SequentialPlan(len(data), batch_size), make):
+    order = np.argsort([buckets.of(shape) for shape in data.shapes], kind="stable")
+    for stacked in batches(ListPlan(order.tolist(), batch_size), make):
         batch = program.put(jax.tree.map(lambda x: x[0], stacked), micro=False)
         out = program.eval_step(state.params, state.frozen, batch)
         seen = (batch.comparisons, batch.group_index, batch.responses.last)
@@ -74,8 +75,8 @@ def evaluate(
         for branch in program.objective.branches:
             rewards.setdefault(branch, []).append(out[f"{branch}/rewards"][last >= 0])
     joined = {k: np.concatenate(v) for k, v in columns.items()}
-    order = np.argsort(joined["group"], kind="stable")  # shares of a batch follow one another
-    joined = {k: v[order] for k, v in joined.items()}
+    by_group = np.argsort(joined["group"], kind="stable")
+    joined = {k: v[by_group] for k, v in joined.items()}
     return Evaluation(
         group=joined["group"],
         winner=joined["winner"],

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
-from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource, fingerprint

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import track
 
 from mmrm_jax.config import BranchInput, MeshConfig, ModelConfig
-from mmrm_jax.data.batching import Buckets, EncodedGroup, collate
-from mmrm_jax.data.pipeline import EncodedSource, SequentialPlan, batches, buckets_for, index_source
+from mmrm_jax.data.batching import EncodedGroup, collate
+from mmrm_jax.data.buckets import Buckets
+from mmrm_jax.data.pipeline import EncodedSource, ListPlan, batches, buckets_for, index_source
 from mmrm_jax.data.records import summarise_quarantine
 from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.data.sources import GroupSource, MemorySource
@@ -91,7 +92,7 @@ def score_source(
     """Every group in order, scored, or why it cannot be read; a batch is what the devices divide, so rounded up."""
     step = make_score_step(model, dtype)
     size = whole_batch(batch_size, mesh)
-    for batch, found in batches(SequentialPlan(len(data), size), ReadBatch(data, buckets, size)):
+    for batch, found in batches(ListPlan(range(len(data)), size), ReadBatch(data, buckets, size)):
         with jax.set_mesh(mesh):
             rewards = np.asarray(step(params, put_batch(batch, mesh, micro=False)))
         rows = (values[last >= 0] for values, last in zip(rewards, batch.responses.last, strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from mmrm_jax.config import RESUMABLE, TrainConfig, to_json
-from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.quarantine import clear_quarantine, keep_quarantine, merge_quarantine, refused_file
 from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine

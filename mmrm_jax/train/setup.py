@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
-from mmrm_jax.data.batching import Buckets
+from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.folder import read_optional, why
 from mmrm_jax.data.join import join_rows
 from mmrm_jax.data.pipeline import NO_AUGMENTATION, BatchPlan, EncodedSource, MakeBatch, batches, index_source
@@ -155,10 +155,10 @@ def training_batches(
 
     What cannot be read is added to this process's own file in place of `quarantine`.
 
-    Groups are brought together by the rows they are packed into, not by their length: where few texts make up a data
-    set, the exact length would give batches of one and the same text.
+    Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
+    length would give batches of one and the same text.
     """
-    plan = BatchPlan([buckets.smallest_rows([s]) for s in data.shapes], config.batch_size, config.seed, steps)
+    plan = BatchPlan(list(map(buckets.of, data.shapes)), config.batch_size, config.seed, steps)
     index, count = batch_share(mesh)
     make = MakeBatch(
         data,
@@ -179,11 +179,12 @@ def training_batches(
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
     """How much there is, and how many compilations it can take: one for each size that batches are padded to."""
-    found = f"{sum(map(len, sets))} groups in {len(sets)} set{'s' if len(sets) > 1 else ''}"
+    shapes = [shape for each in sets for shape in each.shapes]
+    found = f"{len(shapes)} groups in {len(sets)} set{'s' if len(sets) > 1 else ''}"
     sizes = "one size, and each step is compiled once"
-    if buckets.count > 1:
-        sizes = f"at most {buckets.count} sizes, and each step is compiled once for each"
-    return f"{found}; batches are padded to {sizes}"
+    if len(buckets.shapes) > 1:
+        sizes = f"at most {len(buckets.shapes)} sizes, and each step is compiled once for each"
+    return f"{found}; batches are padded to {sizes}; {buckets.padding(shapes):.0%} of tokens are padding"
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:

@@ -51,7 +51,7 @@ class Case:
     want: Callable[..., jax.Array]
 
     def errors(self, run: Callable[..., jax.Array]) -> list[float]:
-        """The largest difference of the result and of each gradient, relative to its largest entry if that is above 1."""
+        """The largest difference of the result and of each gradient, relative to its largest entry if above 1."""
         found, want = (self._pullback(f) for f in (run, self.want))
         return [float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in zip(found, want, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -243,8 +243,33 @@ def by_group(x: jax.Array, last: str | None = None) -> jax.Array:
     FSDP then gathers parameters and never activations, whatever their sizes. What all groups share (a blank tile)
     lies whole on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    shared = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0
-    return constrain(x, None if shared else "batch", *(None,) * (x.ndim - 2), last)
+    return constrain(x, _groups_axis(x.shape[0]), *(None,) * (x.ndim - 2), last)
+
+
+def on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Call a kernel that XLA cannot split with what each device has of its groups and heads.
+
+    Groups are the first axis of all arrays and of the result, which is shaped as the first array; heads the last but
+    one, where there are four axes or more. What all groups share, and heads that the mesh does not divide (those of a
+    vision tower that does not split them), every device computes whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1:
+        return kernel(*arrays)
+    groups = _groups_axis(arrays[0].shape[0])
+    divided = all(x.shape[-2] % mesh.shape["tensor"] == 0 for x in arrays if x.ndim >= 4)
+    heads = "heads" if divided else None
+
+    def spec(x: jax.Array) -> P:
+        return partition_spec((groups, *(None,) * (x.ndim - 3), heads, None) if x.ndim >= 4 else (groups,))
+
+    in_specs = tuple(spec(x) for x in arrays)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=spec(arrays[0]), check_vma=False)(*arrays)
+
+
+def _groups_axis(size: int) -> str | None:
+    """The logical axis of `size` groups, or of what they share: a number of them that the mesh does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if size % (mesh.shape["data"] * mesh.shape["fsdp"]) else "batch"

@@ -16,7 +16,7 @@ from tiny_models import MODEL
 
 from mmrm_jax.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, has_libtpu
-from mmrm_jax.plan.costs import train_costs
+from mmrm_jax.plan.costs import Part, Product, train_costs
 from mmrm_jax.plan.estimate import device_bytes, estimate_collectives, saved_activations
 from mmrm_jax.plan.hardware import CHIPS, Topology, parse_topology
 from mmrm_jax.plan.hlo import by_kind
@@ -83,6 +83,26 @@ def test_costs_scale_with_depth_batch_and_devices() -> None:
     assert costs().model_flops / 4 < costs().device_flops < costs().model_flops / 2  # the projector is not split
 
 
+def test_flash_attention_skips_what_is_masked_and_computes_scores_again() -> None:
+    weight = Product(8, 8, 8)
+    whole, half = Product(8, 4, 8, weight=False), Product(8, 4, 8, weight=False, causal=True)
+    trained, frozen = Part((), True, True, remat="full"), Part((), False, False, remat="full")
+    for flash, want in ((False, [4, 4, 4, 1, 1, 1]), (True, [4, 5.5, 2.75, 1, 1, 0.5])):
+        assert [part.computed(p, flash) for part in (trained, frozen) for p in (weight, whole, half)] == want
+
+
+def test_on_tpus_attention_keeps_no_scores() -> None:
+    """Neither those of all layers that plain code saves for the backward pass, nor those of the layer it is in."""
+    shape = DataShape(tiles=1, prompt=384, response=128, responses=1)
+    topologies = ONE_HOST, parse_topology("v5e-8")
+    planned = [Job(UNROLLED, TrainConfig(batch_size=8, objective="text_only"), shape, t) for t in topologies]
+    (gpu,), (tpu,) = (search(j, every=False, attempts=0) for j in planned)
+    scores = 4 * UNROLLED.decoder.num_heads * shape.prefix_of("absent", UNROLLED) ** 2  # of one group and layer
+    assert gpu.memory.temporaries - tpu.memory.temporaries > (UNROLLED.decoder.num_layers + 3) * scores
+    assert gpu.costs.model_flops == tpu.costs.model_flops
+    assert gpu.costs.device_bytes > tpu.costs.device_bytes
+
+
 # Collectives
 
 
@@ -90,7 +110,7 @@ def test_costs_scale_with_depth_batch_and_devices() -> None:
 def test_what_fsdp_gathers_and_scatters(rank: int) -> None:
     """Everything forward; backward again what lies behind something trained; the proxy sees no image."""
     config = TrainConfig(batch_size=8, mesh=MeshConfig(1, 8, 1), lora=LoraConfig(rank=rank), micro_batches=1)
-    program = build_program(MODEL, config, 10, abstract_mesh(config.mesh))
+    program = build_program(MODEL, config, 10, abstract_mesh(config.mesh, ONE_HOST))
 
     def held(tree) -> float:
         return device_bytes(tree) / 4

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmrm_jax.config import DecoderConfig
-from mmrm_jax.models.attention import causal_attention, response_attention
+from mmrm_jax.models.attention import attention, response_attention
 from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
 from mmrm_jax.models.rope import rope_frequencies, rope_tables, rotate
 from mmrm_jax.sharding import by_group, constrain
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
             q, k, v = layer.qkv(prefix, prefix_rope)
             response_q, response_k, response_v = layer.qkv(responses, response_rope)
             attended = response_attention(response_q, response_k, response_v, positions, k, v, prefix_lengths)
-            prefix = layer.finish(prefix, causal_attention(q, k, v))
+            prefix = layer.finish(prefix, attention(q, k, v, causal=True))
             return by_group(prefix), by_group(layer.finish(responses, attended))
 
         prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses), remat=c.remat)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from mmrm_jax.config import VisionConfig
+from mmrm_jax.models.attention import attention
 from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
 from mmrm_jax.sharding import by_group
 
@@ -54,7 +55,7 @@ class VisionLayer(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v))
-        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        return self.proj(attention(q, k, v, causal=False).reshape(x.shape))
 
 
 def drop_path(rate: float, num_layers: int, keys: Key[Array, " I"]) -> Float[Array, "L I 2"]:

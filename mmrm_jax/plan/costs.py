@@ -1,7 +1,8 @@
 """Arithmetic and memory traffic of one train step, counted from the model's configuration.
 
 XLA's own count takes the body of a scan once, whatever its length, so it cannot be used for stacked layers. What counts
-are matrix products; all else is bound by memory and fused into them.
+are matrix products; all else is bound by memory and fused into them. `flash` says that attention runs in kernels that
+keep no scores (splash attention), instead of plain array code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Product:
     """`times` matrix products [rows, inner] @ [inner, columns] per group of a batch.
 
     `layers` holds those that are alike but have weights of their own. In attention (`weight` False) both sides are
-    activations. `tensor` says that the mesh's tensor axis splits it. `last` marks what ends a layer: no backward pass
-    needs its result.
+    activations, and where it is `causal` half of the scores are masked. `tensor` says that the mesh's tensor axis
+    splits it. `last` marks what ends a layer: no backward pass needs its result.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class Product:
     weight: bool = True
     tensor: bool = True
     last: bool = False
+    causal: bool = False
 
     @property
     def flops(self) -> float:
@@ -67,6 +69,17 @@ class Part:
         again = (self.remat == "full" and not product.last) or (self.remat == "dots" and not product.weight)
         return again and (self.trained or self.passes_input)
 
+    def computed(self, product: Product, flash: bool) -> float:
+        """How often a device computes a product, with what it computes again.
+
+        Flash kernels skip what causality masks. Backward, they compute seven products where the mathematics has four:
+        one kernel gives the gradient of queries, another that of keys and values, each from scores of its own.
+        """
+        times = float(self.passes(product) + self.recomputed(product))
+        if product.weight or not flash:
+            return times
+        return (times + 1.5 * self.passes_input) * (0.5 if product.causal else 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -76,7 +89,8 @@ class Costs:
         model_flops: What the mathematics needs, over all devices: forward, and backward where something is trained.
         device_flops: What one device computes, with what is recomputed or computed on several devices alike.
         device_bytes: What one device moves to and from its memory: operands and results of matrix products in
-            the compute dtype, attention's scores in float32, and one update of parameters and moments.
+            the compute dtype, attention's scores in float32 where they are kept, and one update of parameters and
+            moments.
     """
 
     model_flops: float
@@ -119,7 +133,10 @@ def projector_products(model: ModelConfig, tiles: int) -> tuple[Product, ...]:
 
 
 def decoder_products(model: ModelConfig, shape: DataShape, view: BranchInput) -> tuple[Product, ...]:
-    """The prefix once, N responses beside it; scores are computed whole and masked, as the train step does."""
+    """The prefix once, N responses beside it, each in a row of its own; scores are computed whole and masked.
+
+    Flash kernels, which take a group's rows for one, compute as many scores of two responses, and more of several.
+    """
     d, depth = model.decoder, model.decoder.num_layers
     tokens, prefix = shape.tokens(view, model), shape.prefix_of(view, model)
     heads, kv = d.num_heads * d.head_width, d.num_kv_heads * d.head_width
@@ -130,8 +147,8 @@ def decoder_products(model: ModelConfig, shape: DataShape, view: BranchInput) ->
         Product(tokens, heads, d.width, layers=depth),
         Product(tokens, d.width, d.mlp_width, times=2, layers=depth),
         Product(tokens, d.mlp_width, d.width, layers=depth, last=True),
-        Product(prefix, d.head_width, prefix, times=d.num_heads, layers=depth, weight=False),
-        Product(prefix, prefix, d.head_width, times=d.num_heads, layers=depth, weight=False),
+        Product(prefix, d.head_width, prefix, times=d.num_heads, layers=depth, weight=False, causal=True),
+        Product(prefix, prefix, d.head_width, times=d.num_heads, layers=depth, weight=False, causal=True),
         Product(shape.response, d.head_width, prefix + shape.response, of_responses, depth, weight=False),
         Product(shape.response, prefix + shape.response, d.head_width, of_responses, depth, weight=False),
     )
@@ -167,6 +184,7 @@ def train_costs(
     batch_ways: int,
     tensor_ways: int,
     state_bytes: float,
+    flash: bool = False,
 ) -> Costs:
     """Costs of a step whose groups are split `batch_ways` and whose matrices `tensor_ways` over the mesh.
 
@@ -181,16 +199,18 @@ def train_costs(
             shared = view == "blank" and i < 3
             groups = config.micro_batches if shared else config.batch_size
             for product in part.products:
-                needed = part.passes(product)
-                done = needed + part.recomputed(product)
+                done = part.computed(product, flash)
                 ways = (1 if shared else batch_ways) * (tensor_ways if product.tensor else 1)
-                model_flops += needed * product.flops * (1 if shared else groups)
+                model_flops += part.passes(product) * product.flops * (1 if shared else groups)
                 device_flops += done * product.flops * groups / ways
-                device_bytes += done * _traffic(product, groups / ways, config.micro_batches, tensor_ways, itemsize)
+                moved = _traffic(product, groups / ways, config.micro_batches, tensor_ways, itemsize, flash)
+                device_bytes += done * moved
     return Costs(model_flops, device_flops, device_bytes)
 
 
-def _traffic(product: Product, groups: float, micro_batches: int, tensor_ways: int, itemsize: int) -> float:
+def _traffic(
+    product: Product, groups: float, micro_batches: int, tensor_ways: int, itemsize: int, flash: bool
+) -> float:
     """Bytes of one pass on one device: activations group by group, weights once a micro-batch."""
     p = product
     many = p.times * p.layers
@@ -198,6 +218,6 @@ def _traffic(product: Product, groups: float, micro_batches: int, tensor_ways: i
         activations = p.rows * (p.inner + p.columns) * many * groups * itemsize
         weights = p.inner * p.columns * many * micro_batches * itemsize / (tensor_ways if p.tensor else 1)
         return activations + weights
-    # Scores are the larger of the three; they are written and read in float32.
+    # Scores are the larger of the three; plain code writes and reads them in float32.
     scores, rest = p.rows * max(p.inner, p.columns), (p.rows + max(p.inner, p.columns)) * min(p.inner, p.columns)
-    return (scores * 4 + rest * itemsize) * many * groups
+    return (scores * 4 * (not flash) + rest * itemsize) * many * groups

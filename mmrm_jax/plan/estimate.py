@@ -53,7 +53,10 @@ class Saved:
 
 
 def saved_activations(program: Program, model: ModelConfig, config: TrainConfig, shape: DataShape) -> Saved:
-    """Traced for one group and for two: the difference is what grows with the batch. Nothing is allocated."""
+    """Traced for one group and for two: the difference is what grows with the batch. Nothing is allocated.
+
+    The program's mesh decides on the kernels.
+    """
     graphdef, _ = abstract_model(as_trained(model, config))
     views, dtype = program.views, jnp.dtype(config.compute_dtype)
 
@@ -67,7 +70,8 @@ def saved_activations(program: Program, model: ModelConfig, config: TrainConfig,
 
     def residuals(groups: int) -> list[jax.ShapeDtypeStruct]:
         batch = abstract_batch(shape, model, views, groups=groups, micro_batches=None)
-        return jax.tree.leaves(jax.eval_shape(pullback, program.abstract.params, program.abstract.frozen, batch))
+        with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+            return jax.tree.leaves(jax.eval_shape(pullback, program.abstract.params, program.abstract.frozen, batch))
 
     widths = {model.decoder.width, model.vision.width}
     whole = split = 0.0
@@ -86,13 +90,20 @@ def device_bytes(tree: PyTree) -> float:
 
 
 def estimate_memory(
-    program: Program, batch: Batch, model: ModelConfig, config: TrainConfig, shape: DataShape, saved: Saved
+    program: Program,
+    batch: Batch,
+    model: ModelConfig,
+    config: TrainConfig,
+    shape: DataShape,
+    saved: Saved,
+    flash: bool = False,
 ) -> Memory:
     """The state exactly, by its shardings; temporaries by analysis.
 
     These are: what the forward pass keeps of one micro-batch, gradients (and their sum over micro-batches), weights in
-    the compute dtype, the gathered embedding and its gradient, two gathered layers, and three float32 copies of the
-    largest attention scores, which is what the backward pass of one layer holds at once.
+    the compute dtype, the gathered embedding and its gradient, two gathered layers, and, unless `flash` says that they
+    are not kept, three float32 copies of the largest attention scores, which is what the backward pass of one layer
+    holds at once.
     """
     state, sizes = program.abstract, program.mesh.shape
     parameters, frozen = device_bytes(state.params), device_bytes(state.frozen)
@@ -105,7 +116,7 @@ def estimate_memory(
     gathered = 0.0 if sizes["fsdp"] == 1 else (2 * layer + 2 * d.vocab_size * d.width / tensor) * itemsize
     prefix = max(shape.prefix_of(view, model) for view in program.views.values())
     scores = max(prefix**2, shape.responses * shape.response * (prefix + shape.response))
-    attention = 3 * 4.0 * scores * d.num_heads / tensor * groups
+    attention = 0.0 if flash else 3 * 4.0 * scores * d.num_heads / tensor * groups
     kept = (saved.whole + saved.split / tensor) * groups
     temporaries = kept + gradients + casts + gathered + attention
     return Memory(parameters, device_bytes(state.opt_state), frozen, device_bytes(batch), temporaries)

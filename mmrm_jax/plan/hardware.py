@@ -66,6 +66,11 @@ class Topology:
     devices: int
     libtpu_name: str | None
 
+    @property
+    def flash(self) -> bool:
+        """Whether all attention runs in kernels that keep no scores, as `models.attention` has it on TPUs."""
+        return self.libtpu_name is not None
+
 
 def parse_topology(name: str) -> Topology:
     """A TPU slice as Google Cloud names it, "v5p-64", "v5e-256", "v6e-64", or one host of GPUs, "8xh100".

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, topology_devices
@@ -118,7 +118,7 @@ def search(
         jobs = [with_layout(job, mesh, micro) for mesh, micro in candidates(job)]
     else:
         jobs = [with_layout(job, resolved_mesh(job), job.config.micro_batches)]
-    whole = build_program(job.model, job.config, STEPS, abstract_mesh(MeshConfig(1, 1, 1)))
+    whole = build_program(job.model, job.config, STEPS, abstract_mesh(MeshConfig(1, 1, 1), job.topology))
     saved = saved_activations(whole, job.model, job.config, job.shape)
     rows = sorted((analyse(j, saved) for j in jobs), key=_order)
     fitting = [i for i, row in enumerate(rows) if row.problem is None]
@@ -157,10 +157,13 @@ def resolved_mesh(job: Job) -> MeshConfig:
     return dataclasses.replace(mesh, data=data)
 
 
-def abstract_mesh(mesh: MeshConfig) -> Mesh:
-    """A mesh of no particular devices: enough to know what each would hold."""
-    sizes = mesh.data, mesh.fsdp, mesh.tensor
-    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)  # type: ignore[return-value]
+def abstract_mesh(mesh: MeshConfig, topology: Topology) -> Mesh:
+    """A mesh of no particular devices of a topology: enough to know what each would hold."""
+    sizes, name = (mesh.data, mesh.fsdp, mesh.tensor), topology.chip.name
+    platform = "gpu" if topology.libtpu_name is None else "tpu"
+    device = AbstractDevice(device_kind=name, num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * 3
+    return AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)  # type: ignore[return-value]
 
 
 def analyse(job: Job, saved: Saved) -> Candidate:
@@ -173,11 +176,11 @@ def analyse(job: Job, saved: Saved) -> Candidate:
             row, problem=f"{config.batch_size} groups do not split evenly {ways} ways in {config.micro_batches} parts"
         )
     try:
-        program = build_program(job.model, config, STEPS, abstract_mesh(config.mesh))
+        program = build_program(job.model, config, STEPS, abstract_mesh(config.mesh, job.topology))
     except ValueError as error:  # a dimension that the mesh does not divide
         return dataclasses.replace(row, problem=str(error))
     batch = placed_batch(job, program)
-    memory = estimate_memory(program, batch, job.model, config, job.shape, saved)
+    memory = estimate_memory(program, batch, job.model, config, job.shape, saved, job.topology.flash)
     row = _timed(job, program, row, memory, estimate_collectives(program, job.model, config, job.shape))
     if memory.total > chip.room:
         needs = f"needs {memory.total / 1e9:.1f} of {chip.room / 1e9:.0f} GB, {memory.temporaries / 1e9:.1f} temporary"
@@ -222,6 +225,7 @@ def _timed(job: Job, program: Program, row: Candidate, memory: Memory, collectiv
         batch_ways=mesh.data * mesh.fsdp,
         tensor_ways=mesh.tensor,
         state_bytes=memory.parameters + memory.optimizer,
+        flash=job.topology.flash,
     )
     moved = sum(c.moved for c in collectives)
     times = Times(costs.device_flops / chip.peak, costs.device_bytes / chip.hbm_bandwidth, moved / chip.link_bandwidth)

@@ -31,7 +31,7 @@ RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 PORTABLE_ROOTS = ("models", "objectives", "train/step.py")
 PORTABLE_LAYERS = frozenset(LAYERS[0]) | {"models", "objectives", "train"}
 PORTABLE_LIBRARIES = frozenset({"jax", "flax", "optax", "numpy", "jaxtyping"})
-PORTABLE_EXTRA = {"models/hf": frozenset({"safetensors"})}
+PORTABLE_EXTRA = {"models/hf": frozenset({"safetensors"}), "models/lora.py": frozenset({"qwix"})}
 
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "joblib"})
 UNSAFE_ARGUMENTS = frozenset({"trust_remote_code", "allow_pickle"})

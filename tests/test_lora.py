@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -25,6 +26,7 @@ from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.setup import open_checkpoint
 from mmrm_jax.train.state import abstract_model, merge_branch, split_params
+from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Comparison
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -69,33 +71,34 @@ def rewards():
 
 def test_what_has_adapters(branches) -> None:
     trainable, frozen = branches
-    decoder = {f"decoder/layers/{x}/lora_{m}" for x in ("q", "k", "v", "o", "gate", "up", "down") for m in "ab"}
-    image = {f"{x}/lora_{m}" for x in ("projector/fc1", "vision/layers/q") for m in "ab"}
+    decoder = {f"decoder/layers/{x}/kernel_lora_{m}" for x in ("q", "k", "v", "o", "gate", "up", "down") for m in "ab"}
+    image = {f"{x}/kernel_lora_{m}" for x in ("projector/fc1", "vision/layers/q") for m in "ab"}
     assert names(trainable["primary"]) == decoder | image | {"score"}
     assert names(trainable["proxy"]) == decoder | {"score"}  # it sees no image
     # One copy of the trunk, and of nothing else.
     assert names(frozen) == names(random_params(MODEL, 1)) - {"score"}
     shapes = {name: x.shape for name, x in flat(trainable["primary"]).items()}
-    assert shapes["decoder/layers/gate/lora_a"] == (2, 16, 3) and shapes["decoder/layers/gate/lora_b"] == (2, 3, 24)
-    assert shapes["projector/fc1/lora_a"] == (32, 3)
+    assert shapes["decoder/layers/gate/kernel_lora_a"] == (2, 16, 3)
+    assert shapes["decoder/layers/gate/kernel_lora_b"] == (2, 3, 24)
+    assert shapes["projector/fc1/kernel_lora_a"] == (32, 3)
 
 
 def test_adapters_start_as_he_draws_and_zeros(branches) -> None:
     trainable, _ = branches
     for name, x in flat(trainable["primary"]).items():
-        if name.endswith("lora_b"):
+        if name.endswith("kernel_lora_b"):
             assert not np.any(x), name
     wide = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, width=256, num_layers=4))
     lora = LoraConfig(rank=64, targets=("decoder.q",))
     drawn, _ = split_params(random_params(wide, 0), VIEWS, (), lora)
-    a = np.asarray(flat(drawn["primary"])["decoder/layers/q/lora_a"])
+    a = np.asarray(flat(drawn["primary"])["decoder/layers/q/kernel_lora_a"])
     assert a.std() == pytest.approx(256**-0.5, rel=0.02) and abs(a.mean()) < 1e-3
     # Every layer and branch draws for itself, and the seed decides.
     assert abs(np.corrcoef(a[0].ravel(), a[1].ravel())[0, 1]) < 0.05
-    proxy = np.asarray(flat(drawn["proxy"])["decoder/layers/q/lora_a"])
+    proxy = np.asarray(flat(drawn["proxy"])["decoder/layers/q/kernel_lora_a"])
     assert abs(np.corrcoef(a.ravel(), proxy.ravel())[0, 1]) < 0.05
     other, _ = split_params(random_params(wide, 0), VIEWS, (), lora, seed=1)
-    assert np.any(a != np.asarray(flat(other["primary"])["decoder/layers/q/lora_a"]))
+    assert np.any(a != np.asarray(flat(other["primary"])["decoder/layers/q/kernel_lora_a"]))
 
 
 def test_step_0_is_the_base_model_exactly(branches) -> None:
@@ -112,7 +115,7 @@ def test_folded_adapters_are_the_same_model(branches) -> None:
     adapted = merge_branch(randomise(trainable["primary"], 0), frozen)
     folded = fold_adapters(adapted)
     assert names(folded) == names(random_params(MODEL, 1))
-    a, b, w = (flat(adapted)[f"decoder/layers/down/{x}"] for x in ("lora_a", "lora_b", "kernel"))
+    a, b, w = (flat(adapted)[f"decoder/layers/down/{x}"] for x in ("kernel_lora_a", "kernel_lora_b", "kernel"))
     for layer in range(2):
         by_hand = np.asarray(w[layer], np.float64) + SCALE * np.asarray(a[layer], np.float64) @ np.asarray(b[layer])
         np.testing.assert_allclose(flat(folded)["decoder/layers/down/kernel"][layer], by_hand, rtol=1e-5, atol=1e-6)
@@ -120,24 +123,48 @@ def test_folded_adapters_are_the_same_model(branches) -> None:
     np.testing.assert_allclose(score(folded), score(adapted), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_folded_weights(branches) -> None:
-    """dA = scale dW B^T and dB = scale A^T dW, where dW is the gradient of W + scale A B."""
-    trainable, frozen = branches
+@pytest.mark.parametrize("rank", [3, 8])
+def test_gradients_are_those_of_the_folded_weights(rank: int) -> None:
+    """dA = scale dW B^T and dB = scale A^T dW, where dW is the gradient of W + scale A B.
+
+    Of rank 8, A or B has the shape of some kernels: those of the tower's q and the decoder's k and v.
+    """
+    lora, scale = dataclasses.replace(LORA, rank=rank), LORA.alpha / rank
+    trainable, frozen = split_params(random_params(MODEL, 1), VIEWS, ("vision",), lora, seed=5)
     adapters = randomise(trainable["primary"], 0)
     _, gradient = rewards()
     got = flat(gradient(adapters, frozen))
     whole = fold_adapters(merge_branch(adapters, frozen))
     dense, values = flat(gradient(whole, nnx.State({}))), flat(adapters)
     want = {"score": dense["score"]}
-    for path in (name.removesuffix("/lora_a") for name in values if name.endswith("/lora_a")):
+    for path in (name.removesuffix("/kernel_lora_a") for name in values if name.endswith("/kernel_lora_a")):
         a, b, dw = (
             np.asarray(x, np.float64)
-            for x in (values[f"{path}/lora_a"], values[f"{path}/lora_b"], dense[f"{path}/kernel"])
+            for x in (values[f"{path}/kernel_lora_a"], values[f"{path}/kernel_lora_b"], dense[f"{path}/kernel"])
         )
-        want[f"{path}/lora_a"] = SCALE * dw @ np.swapaxes(b, -1, -2)
-        want[f"{path}/lora_b"] = SCALE * np.swapaxes(a, -1, -2) @ dw
+        want[f"{path}/kernel_lora_a"] = scale * dw @ np.swapaxes(b, -1, -2)
+        want[f"{path}/kernel_lora_b"] = scale * np.swapaxes(a, -1, -2) @ dw
     errors = relative_errors(got, want)
     assert max(errors.values()) < 1e-5, errors
+
+
+def test_adapters_are_computed_in_the_dtype_of_the_rest(branches) -> None:
+    trainable, frozen = branches
+    adapted = merge_branch(randomise(trainable["primary"], 0), frozen)
+    graphdef, one = abstract_model(MODEL)[0], jax.tree.map(jnp.asarray, one_micro(batch()))
+
+    def score(params: nnx.State) -> jax.Array:
+        dtype = jnp.dtype("bfloat16")
+        return branch_rewards(graphdef, {"primary": params}, nnx.State({}), one, dtype)["primary"]
+
+    def products(params: nnx.State) -> collections.Counter:
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(score(p))))(params))
+        return collections.Counter(re.findall(r":(\w+)\[[\d,]*\] = dot_general", jaxpr))
+
+    ours, whole = products(adapted), products(fold_adapters(adapted))
+    assert ours["bf16"] > whole["bf16"] > 0 and ours["f32"] == whole["f32"]
+    exact, rounded = (np.ravel(f(adapted)) for f in (rewards()[0], jax.jit(score)))
+    assert np.corrcoef(exact, rounded)[0, 1] > 0.99
 
 
 def bytes_of(tree) -> int:
@@ -187,7 +214,7 @@ def test_one_branch_alone_can_have_adapters() -> None:
     lora = dataclasses.replace(LORA, targets=("decoder",), branches=("proxy",))
     trainable, frozen = split_params(random_params(MODEL, 1), VIEWS, ("vision",), lora)
     assert names(trainable["primary"]) == {n for n in names(random_params(MODEL, 1)) if not n.startswith("vision")}
-    assert {n.split("/")[-1] for n in names(trainable["proxy"])} == {"lora_a", "lora_b", "score"}
+    assert {n.split("/")[-1] for n in names(trainable["proxy"])} == {"kernel_lora_a", "kernel_lora_b", "score"}
     # The proxy goes on from the frozen decoder, the primary from its own.
     moved = jax.tree.map(lambda x: x + 1, trainable["primary"])
     own = flat(random_params(MODEL, 1))["decoder/embedding"]
@@ -203,6 +230,7 @@ def test_one_branch_alone_can_have_adapters() -> None:
             r"lora.targets names decoder.qq; the model has decoder, decoder.down, .*vision.v",
         ),
         ({"branches": ("proxi",)}, "lora.branches names proxi; the objective has primary, proxy"),
+        ({"rank": 16}, "lora.rank is 16; projector.fc1, of 32 inputs and 16 outputs, needs another"),
         ({"rank": -1}, "LoraConfig.rank is -1; it must be at least 1, or 0 to train without adapters"),
         ({"alpha": 0.0}, "LoraConfig.alpha is 0.0; it must be above 0"),
         ({"targets": ()}, "LoraConfig.targets is empty"),
@@ -223,7 +251,7 @@ def test_a_run_with_adapters_resumes_and_is_exported_as_any_model(capsys, tmp_pa
     assert status == 0, text
     saved = read_run(tmp_path / "run")
     state, step = saved.restore(Console())
-    assert step == 4 and names(state.params["proxy"]) >= {"score", "decoder/layers/q/lora_b"}
+    assert step == 4 and names(state.params["proxy"]) >= {"score", "decoder/layers/q/kernel_lora_b"}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     status, text = run(capsys, *train)
     assert status == 0 and "going on from step 2" in text

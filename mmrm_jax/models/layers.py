@@ -29,22 +29,17 @@ def param(
 class Linear(nnx.Module):
     """y = x W (+ b) over the last axis, computed in the input's dtype.
 
-    A bias over the model's width is not split: it is too small to be worth gathering. Where `models.lora` has put
-    adapters, y = x W + scale (x A) B (+ b).
+    A bias over the model's width is not split: it is too small to be worth gathering. `models.lora` adds what adapters
+    give to the result of `jnp.dot`; that of `x @ W` would be out of its reach.
     """
 
     def __init__(self, sizes: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs):
         self.kernel = param(rngs, sizes, axes, nnx.initializers.lecun_normal())
         bias_axis = "norm" if axes[1] in ("embed", "vision") else axes[1]
         self.bias = param(rngs, sizes[1:], (bias_axis,), nnx.initializers.zeros) if bias else None
-        self.lora_a: nnx.Param | None = None
-        self.lora_b: nnx.Param | None = None
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.lora_a is not None and self.lora_b is not None:
-            scaled = (x @ self.lora_a[...].astype(x.dtype)) * self.lora_b.get_metadata()["scale"]
-            y = y + scaled @ self.lora_b[...].astype(x.dtype)
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -33,7 +33,7 @@ def branch_rewards(
 ) -> dict[str, Float[Array, "G N"]]:
     """Rewards of every branch in `params`; one in `keys` has drop path in its vision tower, if that has a rate."""
     return {
-        branch: merge_model(graphdef, merge_branch(trainable, frozen)).rewards(
+        branch: merge_model(graphdef, merge_branch(trainable, frozen), dtype).rewards(
             batch.prefixes[branch], batch.responses, dtype, keys.get(branch)
         )
         for branch, trainable in params.items()

@@ -76,7 +76,17 @@ def train(argv: Sequence[str], console: Console) -> dict[str, Any]:
     default, rest = _config_file(argv, TrainConfig)
     args = _parse("train", TrainArgs, rest, TrainArgs("", Path(), default or TrainConfig()), ("spec", "out"))
     return _written(
-        args.json, train_run(args.config, args.spec, args.out, args.model, args.image_root, console, args.resume)
+        args.json,
+        train_run(
+            args.config,
+            args.spec,
+            args.out,
+            args.model,
+            args.image_root,
+            console,
+            go_on=args.resume,
+            profile=args.profile,
+        ),
     )
 
 

@@ -86,6 +86,8 @@ class TrainArgs:
         image_root: Folder that image paths are relative to; None takes the data file's.
         resume: Go on from the last checkpoint in `out`, where there is one; without it a run of the same configuration
             begins again and replaces what is there.
+        profile: Also say where the time goes: a trace of a few steps, padding, compilations, time spent waiting for
+            data, utilisation. Steps are waited for one by one.
         json: Also write the results to this file.
     """
 
@@ -95,6 +97,7 @@ class TrainArgs:
     model: Path | None = None
     image_root: Path | None = None
     resume: bool = True
+    profile: bool = False
     json: Path | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.distributed import is_main
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.metrics import CellScores, cell_row
+from mmrm_jax.eval.profile import profiled
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import between, percent
@@ -105,13 +107,16 @@ def train_run(
     model: Path | None,
     image_root: Path | None,
     console: Console,
+    *,
     go_on: bool = True,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluating on the held-out part; goes on from the last checkpoint in `out` that is whole, if there is one.
 
-    Without `go_on` it begins again, and replaces what lies there once it trains.
-    Of several processes each reads its share of every batch, and `out` is a folder that all of them see. Raises
-    CheckpointError where `out` holds a run of another configuration, and Preempted where a signal stopped it.
+    Without `go_on` it begins again, and replaces what lies there once it trains. With `profile` it says what the time
+    went on, and leaves that in `out/profile`. Of several processes each reads its share of every batch, and `out` is a
+    folder that all of them see. Raises CheckpointError where `out` holds a run of another configuration, and Preempted
+    where a signal stopped it.
     """
     with keep_quarantine(refused_file(out)):
         run = open_run(config, spec, out, model, image_root, console)
@@ -120,51 +125,26 @@ def train_run(
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
     unreadable = out / "unreadable.jsonl"
-    state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
-    if state is None:
-        params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
-        if drawn:
-            console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
-        state = program.init(params, config)
-        del params
-        clear_quarantine(unreadable)  # of a run that begins again
-    else:
-        console.print(f"going on from step {int(state.step)}")
+    state = _first_state(run, program, config, out, go_on, console)
     write_config(out, run.settings)
     stream = training_batches(
         run.train, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
     )
-    clusters = None if run.validation is None else image_clusters(run.validation)
-
-    def validate(state: TrainState) -> dict[str, float | None]:
-        if run.validation is None or clusters is None:
-            return {}
-        e = evaluate(
-            program,
-            state,
-            run.validation,
-            run.buckets,
-            batch_size=config.eval_batch_size,
-            quarantine=unreadable,
-            strict=config.strict,
-        )
-        row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
-        return {f"validation/{k}": v for k, v in row.items() if v is None or isinstance(v, float) or k == "n"}
-
     with (
+        profiled(program, stream, run.checkpoint.config, config, out / "profile" if profile else None) as recorded,
         handled(program.mesh) as stop,
         make_progress(console) as bar,
         task(bar, config.objective, steps, keep=True) as report,
     ):
         result = train(
-            program,
+            recorded.program,
             state,
-            stream,
+            recorded.stream,
             config,
             steps=steps,
             run_dir=out,
             report=report,
-            evaluate=validate,
+            evaluate=_validation(run, program, config, spec, unreadable),
             stop=stop,
             describe=run.train.describe,
         )
@@ -180,7 +160,47 @@ def train_run(
         "seconds": result.seconds,
         "final": final,
         "unreadable": [dataclasses.asdict(q) for q in found],
-    }
+    } | ({"profile": recorded.report(console)} if profile and is_main() else {})
+
+
+def _first_state(
+    run: Opened, program: Program, config: TrainConfig, out: Path, go_on: bool, console: Console
+) -> TrainState:
+    """The state of the last checkpoint in `out`, or that of step 0."""
+    state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
+    if state is not None:
+        console.print(f"going on from step {int(state.step)}")
+        return state
+    params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
+    if drawn:
+        console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
+    clear_quarantine(out / "unreadable.jsonl")  # of a run that begins again
+    return program.init(params, config)
+
+
+def _validation(
+    run: Opened, program: Program, config: TrainConfig, spec: str, unreadable: Path
+) -> Callable[[TrainState], dict[str, float | None]]:
+    """What is measured on the held-out part, if there is one."""
+    validation = run.validation
+    if validation is None:
+        return lambda state: {}
+    clusters = image_clusters(validation)
+
+    def validate(state: TrainState) -> dict[str, float | None]:
+        e = evaluate(
+            program,
+            state,
+            validation,
+            run.buckets,
+            batch_size=config.eval_batch_size,
+            quarantine=unreadable,
+            strict=config.strict,
+        )
+        row = cell_row(_scores(e, program, spec, "held out", config.seed, clusters), np.random.default_rng(0))
+        return {f"validation/{k}": v for k, v in row.items() if v is None or isinstance(v, float) or k == "n"}
+
+    return validate
 
 
 def _fingerprints(source: GroupSource, held_out: GroupSource | None, model: Path) -> dict[str, str]:

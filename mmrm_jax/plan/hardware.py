@@ -54,6 +54,15 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+# What JAX calls the devices of each kind (`device_kind`), beginning with the longer names.
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e", "H100": "h100", "H200": "h200"}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by this name, if it is known."""
+    return next((CHIPS[name] for kind, name in KINDS.items() if kind.lower() in device_kind.lower()), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices that are wired together.

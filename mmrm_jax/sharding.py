@@ -273,3 +273,10 @@ def _groups_axis(size: int) -> str | None:
     """The logical axis of `size` groups, or of what they share: a number of them that the mesh does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if size % (mesh.shape["data"] * mesh.shape["fsdp"]) else "batch"
+
+
+def on_one_cpu() -> bool:
+    """Whether the step that is being traced is for one CPU device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size <= 1 and (jax.default_backend() if device is None else device.platform) == "cpu"

@@ -20,6 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from mmrm_jax.config import MeshConfig
 from mmrm_jax.models import attention as module
 from mmrm_jax.models.attention import attention, best_kernel, block_size, response_attention, splash, splash_responses
+from mmrm_jax.models.blocked import blocked_attention
 from mmrm_jax.plan.compile import has_libtpu, topology_devices
 from mmrm_jax.plan.hardware import parse_topology
 from mmrm_jax.sharding import make_mesh
@@ -61,6 +62,21 @@ def test_attention_of_responses_on_this_device_is_plain_attention(shape: tuple) 
     assert max(case.errors(run_responses(arguments))) < TOLERANCE
 
 
+@pytest.mark.parametrize("shape", [*SEQUENCES, (1, 1100, 4, 2, 8, True)], ids=str)
+def test_blocked_attention_is_plain_attention(shape: tuple) -> None:
+    assert max(sequence(*shape).errors(functools.partial(blocked_attention, causal=shape[-1]))) < TOLERANCE
+
+
+def test_blocked_attention_keeps_no_scores() -> None:
+    """Temporaries of its gradient grow with the length, and those of plain attention with its square."""
+    case, temporaries = sequence(1, 1100, 4, 2, 8, True), {}
+    for run in (blocked_attention, jax.nn.dot_product_attention):
+        causal = {"causal": True} if run is blocked_attention else {"is_causal": True}
+        grad = jax.jit(jax.grad(lambda q, k, v: jnp.sum(run(q, k, v, **causal) ** 2), argnums=(0, 1, 2)))  # noqa: B023
+        temporaries[run] = grad.lower(*case.arrays).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries[blocked_attention] < temporaries[jax.nn.dot_product_attention] / 4
+
+
 @pytest.mark.parametrize("shape", SEQUENCES, ids=str)
 def test_splash_attention_is_plain_attention(shape: tuple) -> None:
     assert max(sequence(*shape).errors(functools.partial(run_splash, causal=shape[-1]))) < TOLERANCE
@@ -71,6 +87,11 @@ def test_splash_attention_of_responses_is_plain_attention(shape: tuple) -> None:
     case, arguments = responses(*shape)
     run = functools.partial(splash_responses, interpret=True)
     assert max(case.errors(run_responses(arguments, run))) < TOLERANCE
+
+
+def test_blocked_attention_in_bfloat16_is_plain_attention_but_for_rounding() -> None:
+    case = sequence(2, 300, 4, 2, 24, True, dtype="bfloat16")
+    assert max(case.errors(functools.partial(blocked_attention, causal=True))) < HALF_TOLERANCE
 
 
 def test_splash_attention_in_bfloat16_is_plain_attention_but_for_rounding() -> None:

@@ -21,7 +21,8 @@ from tiny_models import (
     relative_errors,
 )
 
-from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.config import MeshConfig, ModelConfig, Remat, TrainConfig, VisionConfig
+from mmrm_jax.models import layers
 from mmrm_jax.plan.estimate import estimate_memory, saved_activations
 from mmrm_jax.plan.hardware import CHIPS, Topology
 from mmrm_jax.plan.search import Job, placed_batch
@@ -43,19 +44,29 @@ def batch(model: ModelConfig, groups: int, tiles: int = 1):
 
 @pytest.fixture(scope="module")
 def by_policy():
-    """{policy: (gradients of a sum of rewards with respect to everything, bytes of temporaries)}."""
+    """{policy: (gradients of a sum of rewards with respect to everything, bytes of temporaries)}.
+
+    "cpu" is what "none" does on one CPU, and "none" what it does elsewhere.
+    """
     one = jax.tree.map(jnp.asarray, one_micro(batch(DEEP, 16)))
     params, found = random_params(DEEP, 1), {}
-    for policy in ("none", "dots", "full"):
-        vision, decoder = (dataclasses.replace(part, remat=policy) for part in (DEEP.vision, DEEP.decoder))
+
+    def measure(remat: Remat):
+        vision, decoder = (dataclasses.replace(part, remat=remat) for part in (DEEP.vision, DEEP.decoder))
         graphdef = abstract_model(ModelConfig(vision, decoder))[0]
 
-        def score(p, graphdef=graphdef):
+        def score(p):
             rewards = nnx.merge(graphdef, p).rewards(one.prefixes["primary"], one.responses)
             return jnp.sum(jnp.sin(rewards))
 
         compiled = jax.jit(jax.grad(score)).lower(params).compile()
-        found[policy] = flat(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
+        return flat(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
+
+    found["cpu"] = measure("none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "on_one_cpu", lambda: False)
+        for policy in ("none", "dots", "full"):
+            found[policy] = measure(policy)
     return found
 
 
@@ -65,7 +76,7 @@ def test_gradients_are_the_same_with_every_policy(by_policy) -> None:
     rounding = want.pop("vision/layers/k/bias")
     assert np.abs(rounding).max() < 1e-6 * np.abs(want["vision/layers/k/kernel"]).max()
     assert all(np.any(g) for g in want.values())
-    for policy in ("dots", "full"):
+    for policy in ("cpu", "dots", "full"):
         errors = relative_errors({name: by_policy[policy][0][name] for name in want}, want)
         assert max(errors.values()) < 1e-6, (policy, sorted(errors.items(), key=lambda e: -e[1])[:5])
 
@@ -74,6 +85,7 @@ def test_each_policy_saves_less_than_the_one_before(by_policy) -> None:
     none, dots, full = (by_policy[policy][1] for policy in ("none", "dots", "full"))
     # Six layers of each kind: 6.6, 2.2 and 0.9 MB when this was written.
     assert dots < none / 2 and full < dots / 2
+    assert by_policy["cpu"][1] < none / 2
 
 
 def test_a_frozen_tower_has_no_backward_pass_and_takes_no_memory_for_one() -> None:

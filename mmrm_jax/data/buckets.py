@@ -38,7 +38,7 @@ class BatchShape:
     def fits(self, group: GroupShape) -> bool:
         """Whether a group can be padded to this."""
         count, length = self.rows
-        prefixes = all(n <= self.prefixes[b] for b, n in group.prefixes.items())
+        prefixes = all(group.prefixes[b] <= n for b, n in self.prefixes.items())
         return prefixes and group.tiles <= self.tiles and row_length(group.responses, count) <= length
 
     @property

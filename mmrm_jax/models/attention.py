@@ -1,7 +1,7 @@
 """Attention by the kernel that suits the device: over one sequence, and of N responses to the prefix they share.
 
-XLA's on CPUs, splash attention on TPUs, cuDNN's on NVIDIA GPUs where it takes the shapes; all give the same numbers.
-The last two keep no scores in memory, neither forward nor backward.
+XLA's, on one CPU in blocks, splash attention on TPUs, cuDNN's on NVIDIA GPUs where it takes the shapes; all give the
+same numbers. All but XLA's whole matrices keep no scores in memory, neither forward nor backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mmrm_jax.sharding import on_each_device
+from mmrm_jax.models.blocked import LONG, blocked_attention
+from mmrm_jax.sharding import on_each_device, on_one_cpu
 
 Kernel: TypeAlias = Literal["xla", "cudnn", "splash"]
 
@@ -47,6 +48,8 @@ def attention(
             return on_each_device(run, q * q.shape[-1] ** -0.5, k, v)
         case "cudnn":
             return on_each_device(functools.partial(cudnn, causal=causal), q, k, v)
+        case _ if q.shape[1] >= LONG and on_one_cpu():
+            return blocked_attention(q, k, v, causal=causal)
         case _:
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 
@@ -70,7 +73,7 @@ def response_attention(
     arguments = (q, k, v, positions, prefix_k, prefix_v, prefix_lengths)
     if best_kernel(q.dtype, q.shape[-1]) == "splash":
         return on_each_device(splash_responses, *arguments)
-    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    if not on_one_cpu():
         return xla_responses(*arguments)
     # One group's scores fit into a CPU's cache: up to twice as fast as all groups at once.
     return jax.lax.map(lambda group: xla_responses(*(x[None] for x in group))[0], arguments)

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from mmrm_jax.config import DecoderConfig
 from mmrm_jax.models.attention import attention, response_attention
-from mmrm_jax.models.layers import Linear, Norm, apply_layers, param, stack_layers
+from mmrm_jax.models.layers import UNROLLED, Linear, Norm, apply_layers, param, stack_layers
 from mmrm_jax.models.rope import rope_frequencies, rope_tables, rotate
-from mmrm_jax.sharding import by_group, constrain
+from mmrm_jax.sharding import by_group, constrain, on_one_cpu
 
 
 class DecoderLayer(nnx.Module):
@@ -33,12 +33,19 @@ class DecoderLayer(nnx.Module):
         self.down = Linear((c.mlp_width, c.width), ("mlp", "embed"), bias=False, rngs=rngs)
         self.head_width = c.head_width
 
-    def qkv(self, x: Float[Array, "*B S D"], rope: tuple) -> tuple[Array, Array, Array]:
+    def queries(self, x: Float[Array, "*B S D"], rope: tuple) -> Float[Array, "*B S H E"]:
+        q = self._heads(self.q(self.norm1(x)))
+        return rotate(q if self.q_norm is None else self.q_norm(q), rope)
+
+    def keys_values(
+        self, x: Float[Array, "*B S D"], rope: tuple
+    ) -> tuple[Float[Array, "*B S J E"], Float[Array, "*B S J E"]]:
         x = self.norm1(x)
-        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_width) for y in (self.q(x), self.k(x), self.v(x)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rope), rotate(k, rope), v
+        k = self._heads(self.k(x))
+        return rotate(k if self.k_norm is None else self.k_norm(k), rope), self._heads(self.v(x))
+
+    def _heads(self, x: Float[Array, "*B S HE"]) -> Float[Array, "*B S H E"]:
+        return x.reshape(*x.shape[:-1], -1, self.head_width)
 
     def finish(self, x: Float[Array, "*B S D"], attended: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         x = x + self.o(attended.reshape(*attended.shape[:-2], -1))
@@ -66,8 +73,12 @@ class Decoder(nnx.Module):
         prefix_lengths: Int[Array, " G"],
         responses: Float[Array, "G K L D"],
         positions: Int[Array, "G K L"],
+        *,
+        whole: bool = True,
     ) -> tuple[Float[Array, "G P D"], Float[Array, "G K L D"]]:
         """Final hidden states of both streams; `positions` are those of `types.Responses`.
+
+        Those of the prefix have no meaning without `whole`: its last layer is then computed as far as responses see it.
 
         Equal at every valid position to an ordinary causal forward over [prefix, response], with response
         positions continuing after the group's own prefix length. What padding positions return has no meaning.
@@ -82,13 +93,20 @@ class Decoder(nnx.Module):
         prefix_rope = rope_tables(c, frequencies, jnp.arange(prefix.shape[1])[None])
         response_rope = rope_tables(c, frequencies, prefix_lengths[:, None, None] + positions)
 
-        def step(layer: DecoderLayer, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def step(layer: DecoderLayer, carry: tuple[Array, Array], last: Array | None) -> tuple[Array, Array]:
             prefix, responses = carry
-            q, k, v = layer.qkv(prefix, prefix_rope)
-            response_q, response_k, response_v = layer.qkv(responses, response_rope)
-            attended = response_attention(response_q, response_k, response_v, positions, k, v, prefix_lengths)
-            prefix = layer.finish(prefix, attention(q, k, v, causal=True))
+            k, v = layer.keys_values(prefix, prefix_rope)
+            own_k, own_v = layer.keys_values(responses, response_rope)
+            q = layer.queries(responses, response_rope)
+            attended = response_attention(q, own_k, own_v, positions, k, v, prefix_lengths)
+
+            def finish(prefix: Array) -> Array:
+                return layer.finish(prefix, attention(layer.queries(prefix, prefix_rope), k, v, causal=True))
+
+            prefix = finish(prefix) if last is None else jax.lax.cond(last, lambda x: x, finish, prefix)
             return by_group(prefix), by_group(layer.finish(responses, attended))
 
-        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses), remat=c.remat)
+        skips = not whole and c.num_layers > UNROLLED and on_one_cpu()
+        last = jnp.arange(c.num_layers) == c.num_layers - 1 if skips else None
+        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses), last, remat=c.remat)
         return self.norm(prefix), self.norm(responses)

@@ -84,10 +84,13 @@ class InternVL(nnx.Module):
         responses: Responses,
         dtype: jnp.dtype,
         keys: Key[Array, " G_or_1"] | None = None,
+        *,
+        whole: bool = True,
     ) -> tuple[Float[Array, "G P D"], Float[Array, "G K L D"]]:
-        """Final hidden states of the prefix and of every response token.
+        """Final hidden states of the prefix, which mean nothing without `whole`, and of every response token.
 
         `keys`, one for each group that has pixels of its own, turn on drop path in the vision tower.
         """
         embedded = self.decoder.embed(responses.tokens, dtype)
-        return self.decoder(self.embed_prefix(prefix, dtype, keys), prefix.lengths, embedded, responses.positions)
+        embedded_prefix = self.embed_prefix(prefix, dtype, keys)
+        return self.decoder(embedded_prefix, prefix.lengths, embedded, responses.positions, whole=whole)

@@ -7,13 +7,22 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mmrm_jax.config import Remat
+from mmrm_jax.models.blocked import ATTENDED
+from mmrm_jax.sharding import on_one_cpu
 
-# What a backward pass finds saved of a layer; the rest it computes again. "full" saves nothing but the layer's input.
+LINEAR = "linear"  # what results of products with weights are called where a layer chooses what it saves
+
+UNROLLED = 4  # layers; stacks up to this depth are unrolled
+
+# What a backward pass finds saved of a layer; the rest it computes again. "full" saves nothing but the layer's input;
+# "none", which saves everything elsewhere, saves on a CPU what takes longer to compute than to write and read.
 POLICIES: Mapping[Remat, Callable] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -40,7 +49,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
         y = jnp.dot(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), LINEAR)
 
 
 class Norm(nnx.Module):
@@ -78,7 +87,6 @@ def apply_layers(
     carry,
     *extra: Array | None,
     remat: Remat = "none",
-    unroll_up_to: int = 4,
 ):
     """Run `step(layer, carry, *extra of that layer) -> carry` over the first `num_layers` stacked layers.
 
@@ -86,7 +94,7 @@ def apply_layers(
     pass finds saved: everything it needs ("none"), results of matrix products with weights ("dots"), or each layer's
     input ("full").
     """
-    unrolled = num_layers <= unroll_up_to
+    unrolled = num_layers <= UNROLLED
     graphdef, params = nnx.split(layers)
     stacked = jax.tree.map(lambda x: x[:num_layers], (params, extra))
 
@@ -94,6 +102,7 @@ def apply_layers(
         layer_params, extra = of_layer
         return step(nnx.merge(graphdef, layer_params), carry, *extra), None
 
-    if remat != "none":  # inside a loop the compiler cannot undo it by sharing what is computed twice
+    if remat != "none" or (on_one_cpu() and not unrolled):
+        # Inside a loop the compiler cannot undo it by sharing what is computed twice.
         body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=unrolled)
     return jax.lax.scan(body, carry, stacked, unroll=unrolled or 1)[0]

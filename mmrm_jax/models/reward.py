@@ -31,7 +31,7 @@ class RewardModel(InternVL):
         keys: Key[Array, " G_or_1"] | None = None,
     ) -> Float[Array, "G N"]:
         """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
-        _, hidden = self(prefix, responses, dtype, keys)
+        _, hidden = self(prefix, responses, dtype, keys, whole=False)
         rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
         final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
         return final.astype(jnp.float32) @ self.score[...]

@@ -201,8 +201,8 @@ def summarise(recorder: Recorder) -> dict[str, Any]:
     steps = [s for s in ready if not s.traced] or ready or recorder.steps
     ran, waited = sum(s.ran for s in steps), sum(s.waited for s in steps)
     peak, peak_is = peak_flops(recorder.dtype)
-    traces = sorted(recorder.folder.rglob("*.xplane.pb"))
-    times = read_trace(traces[-1], recorder.op_scopes) if traces else []
+    traced = any(s.traced for s in recorder.steps)
+    times = read_trace(max(recorder.folder.rglob("*.xplane.pb")), recorder.op_scopes) if traced else []
     return {
         "steps": len(recorder.steps),
         "timed_steps": len(steps),
@@ -216,7 +216,7 @@ def summarise(recorder: Recorder) -> dict[str, Any]:
         "mfu": sum(s.flops for s in steps) / ran / (peak * recorder.devices),
         "peak": peak,
         "peak_is": peak_is,
-        "trace": str(recorder.folder) if traces else None,
+        "trace": str(recorder.folder) if traced else None,
         "time": [dataclasses.asdict(t) for t in times],
     }
 
@@ -259,7 +259,7 @@ def describe(found: dict[str, Any]) -> str:
     ]
     total = sum(t["seconds"] for t in found["time"])
     if total:
-        lines.append(f"Where the time of {TRACED} steps goes, of {total:.2f} s in operations:")
+        lines.append(f"Where the time of the traced steps goes, of {total:.2f} s in operations:")
         lines += [f"  {t['seconds'] / total:6.1%}  {t['part']}, {t['kind']}" for t in found["time"][:12]]
     if found["trace"]:
         lines.append(f"The trace is in {found['trace']}; open it with XProf (TensorBoard) or Perfetto.")

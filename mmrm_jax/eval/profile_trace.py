@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 
-# Parts of a step as its operations are scoped, innermost first where one lies in another.
-PARTS = ("attention", "vision", "projector", "embedding", "decoder", "score", "objective", "optimizer")
+# Parts of a step, which `jax.named_scope` names in `models` and `train.step`.
+PARTS = ("vision", "projector", "embedding", "decoder", "score", "objective", "optimizer")
 CONTAINERS = ("while", "call", "conditional", "async")  # whose time is that of what they hold
 PRODUCT = re.compile(r"dot_general|conv_general|ragged_dot")
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?\b([\w\-]+)\(.*?metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,18 @@ class Time:
 
 def scopes(hlo: str) -> dict[str, str]:
     """Name of every instruction of a compiled module -> where it comes from (its op_name)."""
-    return {name: scope for name, _, scope in _INSTRUCTION.findall(hlo)}
+    return dict(_INSTRUCTION.findall(hlo))
 
 
 def part_of(scope: str) -> tuple[str, str]:
-    """(part of the model, kind of operation) of an op_name such as "jit(step)/transpose(jvp(decoder))/dot_general"."""
-    names = re.findall(r"[\w.\-]+", scope)
+    """(part of the step, kind of operation) of an op_name such as "jit(step)/transpose(jvp(decoder))/dot_general"."""
+    names = re.findall(r"\w+", scope)
     part = next((part for part in PARTS if part in names), "other")
-    direction = "backward" if "transpose" in names else "forward"
     if part in ("objective", "optimizer", "other"):
         return part, "all"
-    return part, f"{direction}, {'matrix products' if PRODUCT.search(scope) else 'the rest'}"
+    products = "matrix products" if PRODUCT.search(scope) else "the rest"
+    kind = "attention" if "attention" in names else products
+    return part, f"{kind}, {'backward' if 'transpose(' in scope else 'forward'}"
 
 
 def read_trace(file: Path, op_scopes: dict[str, str]) -> list[Time]:
@@ -47,8 +48,7 @@ def read_trace(file: Path, op_scopes: dict[str, str]) -> list[Time]:
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                if name is None or name not in op_scopes or str(name).split(".")[0] in CONTAINERS:
-                    continue
-                seconds[part_of(op_scopes[str(name)])] += event.duration_ns / 1e9
+                name = str(dict(event.stats).get("hlo_op"))
+                if name in op_scopes and name.split(".")[0] not in CONTAINERS:
+                    seconds[part_of(op_scopes[name])] += event.duration_ns / 1e9
     return [Time(*key, value) for key, value in seconds.most_common()]

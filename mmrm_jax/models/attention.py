@@ -38,6 +38,7 @@ def best_kernel(dtype: jnp.dtype, width: int) -> Kernel:
     return "xla"
 
 
+@jax.named_scope("attention")
 def attention(
     q: Float[Array, "G S H E"], k: Float[Array, "G S J E"], v: Float[Array, "G S J E"], *, causal: bool
 ) -> Float[Array, "G S H E"]:
@@ -54,6 +55,7 @@ def attention(
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 
 
+@jax.named_scope("attention")
 def response_attention(
     q: Float[Array, "G K L H E"],
     k: Float[Array, "G K L J E"],

@@ -62,11 +62,13 @@ class Decoder(nnx.Module):
         self.norm = Norm(config.width, eps=config.norm_eps, rms=True, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "*B S"], dtype: jnp.dtype) -> Float[Array, "*B S D"]:
         """FSDP's part of the table is gathered; the columns that "tensor" splits are joined after the look-up."""
         found = constrain(self.embedding[...].astype(dtype), "vocab", "looked_up")[tokens]
         return by_group(found)
 
+    @jax.named_scope("decoder")
     def __call__(
         self,
         prefix: Float[Array, "G P D"],

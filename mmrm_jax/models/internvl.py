@@ -36,6 +36,7 @@ class Projector(nnx.Module):
         self.fc1 = Linear((inner, width), ("vision", "mlp"), bias=True, rngs=rngs)
         self.fc2 = Linear((width, width), ("mlp", "embed"), bias=True, rngs=rngs)
 
+    @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B D"]:
         hidden = by_group(self.fc1(by_group(self.norm(x))), "mlp")
         return by_group(self.fc2(jax.nn.gelu(hidden, approximate=False)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -32,6 +33,7 @@ class RewardModel(InternVL):
     ) -> Float[Array, "G N"]:
         """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
         _, hidden = self(prefix, responses, dtype, keys, whole=False)
-        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-        final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
-        return final.astype(jnp.float32) @ self.score[...]
+        with jax.named_scope("score"):
+            rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+            final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
+            return final.astype(jnp.float32) @ self.score[...]

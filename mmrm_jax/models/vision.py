@@ -108,6 +108,7 @@ class VisionTower(nnx.Module):
         resized = jnp.einsum("hi,wj,ijd->hwd", weights, weights, grid, precision="highest")
         return jnp.concatenate([table[:1], resized.reshape(new * new, c.width)])
 
+    @jax.named_scope("vision")
     def __call__(
         self,
         pixels: UInt8[Array, "I h w 3"],

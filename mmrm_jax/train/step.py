@@ -96,9 +96,10 @@ def make_train_step(
     def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, Sums]:
         keys = drop_path_keys(key, batch, views)
         rewards = branch_rewards(graphdef, params, frozen, batch, dtype, keys)
-        branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
-        terms = objective.terms(branch_margins, batch.comparisons)
-        sums = _sums(terms, branch_margins, batch)
+        with jax.named_scope("objective"):
+            branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
+            terms = objective.terms(branch_margins, batch.comparisons)
+            sums = _sums(terms, branch_margins, batch)
         return sums["loss"][0], sums
 
     def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
@@ -116,8 +117,9 @@ def make_train_step(
         grads, sums = total
         count = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics

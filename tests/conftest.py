@@ -17,6 +17,8 @@ assert "jax" not in sys.modules, "jax was imported before tests/conftest.py coul
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+# Tiny models spend their time in the compiler, and results must not depend on what it optimises.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # Shapes and dtypes in annotations are checked at every call, in tests only.
 install_import_hook(["mmrm_jax.models", "mmrm_jax.objectives"], "beartype.beartype")
@@ -48,11 +50,11 @@ def strict_numerics() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def quick_compile() -> Iterator[None]:
-    """Compile without optimising: tiny models spend their time in the compiler, and results must not depend on it."""
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """Compile as for a user, where tests look at what the compiler makes of a program."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -25,8 +25,6 @@ from mmrm_jax.plan.compile import has_libtpu, topology_devices
 from mmrm_jax.plan.hardware import parse_topology
 from mmrm_jax.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 0.02  # in bfloat16 each of several roundings is 2**-9
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"

@@ -32,8 +32,6 @@ TOLERANCE = 1e-5
 # What the authors' three ways to feed a model are called here.
 VIEWS: dict[str, BranchInput] = {"normal": "multimodal", "text_only": "blank", "image_only": "image_only"}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def checkpoint_folder(folder: Path, out: Path, weights: str = "model.safetensors") -> Path:
     """The set keeps its tokenizer in a folder of its own; a checkpoint has it beside the weights."""

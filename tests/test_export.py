@@ -37,8 +37,6 @@ from mmrm_jax.types import Group
 
 SETTINGS = [a.replace("--train.", "--") for a in FAST]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class NoCapture:
     """Stands in for `capsys`, which a fixture of the whole module cannot have."""
@@ -56,7 +54,6 @@ def run(capsys, *arguments: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with a run of two steps, and what it was trained on."""
-    jax.config.update("jax_disable_most_optimizations", True)  # `quick_compile` begins after this
     folder = tmp_path_factory.mktemp("trained")
     file = write_pairs(folder, "pairs", 12)
     train = ("train", "--data", file, "--out", folder / "run", "--steps", 2, "--data.holdout", 0, *SETTINGS)

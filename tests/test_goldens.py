@@ -32,7 +32,6 @@ from mmrm_jax.types import Batch, Prefix, Responses
 # gradient, the strictest choice that still means something in float32, where small entries are sums that cancel.
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODELS = fixtures("", "model.safetensors", "proxy.safetensors", "inputs.npz", "outputs.npz", "meta.json")
 

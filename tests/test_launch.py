@@ -94,7 +94,6 @@ def local(processes: int, tmp_path: Path, *arguments: object) -> subprocess.Comp
     environment = os.environ | {
         "MMRM": str(mmrm_script(tmp_path)),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
     }
     command = ["bash", LAUNCH / "local.sh", str(processes), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
@@ -141,7 +140,6 @@ def test_a_signal_reaches_every_process_once_and_each_may_save(tmp_path: Path, s
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     notebook = nbformat.read(LAUNCH / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     mmrm_script(tmp_path)

@@ -29,8 +29,6 @@ from mmrm_jax.train.state import abstract_model, merge_branch, split_params
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Comparison
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("decoder", "projector.fc1", "vision.q"))
 VIEWS = OBJECTIVES["shortcut_aware"].views("absent")
 CONFIG = TrainConfig(lora=LORA, mesh=MeshConfig(1, 4, 2), optimizer=OptimizerConfig(learning_rate=1e-2))

@@ -31,6 +31,8 @@ from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.types import Comparison
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 DEEP = ModelConfig(vision=dataclasses.replace(VISION, num_layers=6), decoder=dataclasses.replace(DECODER, num_layers=6))
 
 

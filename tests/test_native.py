@@ -20,8 +20,6 @@ from mmrm_jax.types import Prefix, Responses
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "data" / "native").glob("*/config.json"))
 by_model = pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @by_model
 def test_hidden_states_are_those_of_transformers(folder: Path) -> None:

@@ -175,7 +175,6 @@ def gradient_function(objective: Objective, frozen: nnx.State) -> Callable:
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_gradients_through_the_model_stay_in_their_branch() -> None:
     rng = np.random.default_rng(3)
     won = [(Comparison(0, 1), Comparison(2, 0, margin=0.5)), (Comparison(1, 2, tie=True),), (Comparison(2, 1),)]

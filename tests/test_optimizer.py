@@ -157,7 +157,6 @@ def test_frozen_parameters_have_no_moments() -> None:
     assert not any("projector" in n for n in moments if "proxy" in n)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_steps_move_what_is_trained_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     config = TrainConfig(freeze=("vision", "score"), mesh=MeshConfig(1, 4, 2), batch_size=4)

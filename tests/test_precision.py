@@ -19,7 +19,6 @@ from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import make_eval_step
 from mmrm_jax.types import Batch, Comparison
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 EPSILON = 2.0**-8  # of one rounding to bfloat16
 
 

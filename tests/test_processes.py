@@ -30,7 +30,6 @@ from mmrm_jax.sharding import make_mesh
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.state import init_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 QUIET = Console(quiet=True)
 CONFIG = TrainConfig(
     objective="standard",
@@ -132,7 +131,7 @@ class Two:
         self.logs, self.processes = [folder / f"log-{i}" for i in range(2)], []
         for i, log in enumerate(self.logs):
             own = {"MMRM_COORDINATOR": address, "MMRM_NUM_PROCESSES": "2", "MMRM_PROCESS_ID": str(i)}
-            own |= {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            own |= {"XLA_FLAGS": flags}
             own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             command = [sys.executable, "-c", program, *map(str, arguments)]
             with log.open("w") as file:

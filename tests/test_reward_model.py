@@ -64,9 +64,6 @@ QWEN3 = dataclasses.replace(
 CONFIGS = {"qwen": QWEN, "llama": LLAMA, "internlm2": INTERNLM2, "phi3": PHI3, "qwen3": QWEN3}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 # --- the independent reference: one sequence, nothing shared, nothing stacked --------------------------------------
 
 

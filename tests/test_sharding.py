@@ -114,12 +114,9 @@ def run(
 def reference():
     """One device, one micro-batch, the tightest padding, nothing computed twice; by objective and rank of adapters."""
     with pytest.MonkeyPatch.context() as patch:
-        jax.config.update("jax_disable_most_optimizations", True)
         yield functools.cache(lambda objective, rank=0: run(patch, (1, 1, 1), objective=objective, rank=rank))
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [

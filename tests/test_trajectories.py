@@ -27,7 +27,6 @@ from mmrm_jax.train.step import make_train_step
 
 TOLERANCE = 1e-4
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 RUNS = fixtures("train", "train.json", "steps.npz")
 

@@ -22,8 +22,6 @@ from mmrm_jax.types import Comparison
 
 CONFIG = dataclasses.replace(MODEL, vision=dataclasses.replace(MODEL.vision, num_layers=3, drop_path_rate=0.5))
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def groups(count: int = 4, proxy_tiles: int = 0) -> list:
     rng = np.random.default_rng(0)

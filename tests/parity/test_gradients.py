@@ -25,7 +25,7 @@ from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Comparison
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 PAIRS = ((0, 1), (2, 0), (3, 1))
 CLOSE = 1e-5
 # A key's bias moves every score of a query alike where nothing rotates keys: its gradient is zero in exact arithmetic,

@@ -31,7 +31,7 @@ from mmrm_jax.models.internvl import pixel_shuffle
 from mmrm_jax.models.rope import rope_frequencies, rope_tables
 from mmrm_jax.train.state import abstract_model
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 CLOSE = 1e-5
 every_model = pytest.mark.parametrize("name", MODELS)
 

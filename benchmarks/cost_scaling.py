@@ -22,17 +22,19 @@ from common import CONSOLE, SIZES, Options, interleaved, make_examples, saved_mo
 from rich.table import Table
 
 MOST = 8  # responses where comparisons are counted
-COMPARISONS = (1, 4, 10, 28)
-RESPONSES = (2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalingOptions(Options):
     """Attributes:
     plot: PNG of step time by comparisons and by responses.
+    comparisons: How many to measure, of groups of eight responses.
+    responses: How many to measure, of groups with one comparison.
     """
 
     plot: Path | None = None
+    comparisons: tuple[int, ...] = (1, 4, 10, 28)
+    responses: tuple[int, ...] = (2, 4, 8, 16)
 
 
 def training(folder: Path, options: Options, responses: int, comparisons: int, objective: str = "standard") -> Any:
@@ -148,9 +150,9 @@ def main() -> None:
     options = tyro.cli(ScalingOptions, description=__doc__)
     with saved_model(options) as folder:
         results: dict[str, Any] = {"objectives": objectives(folder, options)}
-        sides = {c: training(folder, options, MOST, c) for c in COMPARISONS}
+        sides = {c: training(folder, options, MOST, c) for c in options.comparisons}
         results["comparisons"] = fitted(timed(sides, options.repeats))
-        sides = {n: training(folder, options, n, 1) for n in RESPONSES}
+        sides = {n: training(folder, options, n, 1) for n in options.responses}
         seconds = timed(sides, options.repeats)
         results |= {"responses": fitted(seconds), "response_tokens": fitted(by_tokens(sides, seconds))}
     show(results, options.size)

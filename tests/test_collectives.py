@@ -19,6 +19,8 @@ from mmrm_jax.sharding import make_mesh, param_shardings
 from mmrm_jax.train.state import abstract_model, merge_branch, split_params
 from mmrm_jax.types import Comparison
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # Layers are scanned, no width is a number of groups, tokens or layers, and the vocabulary divides by nothing.
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=8, patch_size=2, width=64, mlp_width=128, num_layers=5, num_heads=4),

@@ -25,6 +25,7 @@ from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config
 from mmrm_jax.train.loop import TrainingError, resume, train
 from mmrm_jax.train.preemption import PREEMPTED, Preempted
 from mmrm_jax.train.program import Program, build_program
+from mmrm_jax.train.setup import training_steps
 from mmrm_jax.train.state import TrainState, init_params
 from mmrm_jax.types import Comparison, Group
 
@@ -282,6 +283,7 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(finished, program, make
     values[2] = 0.9
     with pytest.raises(TrainingError, match=r"best_metric 'accuracy' is not among .*held_out/accuracy"):
         run(dataclasses.replace(config, best_metric="accuracy"), tmp_path / "unknown")
+    assert (tmp_path / "unknown" / "checkpoints" / "1").is_dir()  # what was trained is not lost with it
 
 
 def test_data_that_ends_too_early_is_an_error(finished, program, make):
@@ -361,3 +363,10 @@ def test_another_runs_directory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds a run with another configuration:\n  seed: 0 -> 1"):
         check_config(tmp_path / "run", {"seed": 1})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("groups", "epochs", "steps"), [(190, 1.0, 2), (128, 1.0, 1), (1, 0.5, 1), (30, 0.1 * 3, 1), (129, 2.0, 3)]
+)
+def test_no_group_is_left_out_of_an_epoch(groups, epochs, steps):
+    assert training_steps(dataclasses.replace(CONFIG, steps=None, epochs=epochs, batch_size=128), groups) == steps

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_hf import VARIANTS
-from tiny_models import MODEL, make_batch, one_micro, random_group, random_params
+from tiny_models import MODEL, flat, make_batch, one_micro, random_group, random_params
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.eval.score import make_score_step
+from mmrm_jax.models.decoder import look_up
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.objectives import standard
 from mmrm_jax.train.state import abstract_model
@@ -65,3 +66,28 @@ def test_rewards_that_are_nearly_equal_are_no_tie() -> None:
     index = batch.comparisons.index[batch.comparisons.mask]
     np.testing.assert_array_equal(margins, flat[index[:, 0]] - flat[index[:, 1]])
     assert np.count_nonzero(margins[0::2]) == 8 and np.all(margins[1::2] == 0)
+
+
+def test_gradients_of_a_frequent_token_are_summed_in_float32() -> None:
+    """In bfloat16 a sum stops growing at 256 times what is added."""
+    times, exact = 4096, 0.01
+    table, tokens = jnp.zeros((3, 2)), jnp.asarray([0] * times + [2])
+    found = jax.grad(lambda t: jnp.sum(look_up(t, tokens, jnp.dtype("bfloat16"))) * exact)(table)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [[times * exact] * 2, [0, 0], [exact] * 2], rtol=EPSILON)
+
+
+def test_gradients_in_bfloat16_are_near_those_in_float32() -> None:
+    params, batch = random_params(MODEL, 1), jax.tree.map(jnp.asarray, batch_of(MODEL, 8))
+    graphdef = abstract_model(MODEL)[0]
+
+    def loss(params: nnx.State, dtype: str) -> jax.Array:
+        rewards = nnx.merge(graphdef, params).rewards(batch.prefixes["primary"], batch.responses, jnp.dtype(dtype))
+        return jnp.sum(jnp.where(jnp.asarray(batch.responses.last) >= 0, jnp.sin(rewards), 0))
+
+    exact, rounded = (flat(jax.grad(loss)(params, dtype)) for dtype in ("float32", "bfloat16"))
+    for name, wanted in exact.items():
+        assert rounded[name].dtype == jnp.float32, name
+        # A bias of keys moves all scores of a query alike: its gradient is 0 but for rounding.
+        size = np.linalg.norm(exact[name.replace("/k/bias", "/k/kernel")])
+        assert np.linalg.norm(np.asarray(rounded[name]) - wanted) <= 0.1 * size, name

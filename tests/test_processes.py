@@ -74,9 +74,7 @@ def model(tmp_path_factory) -> Path:
 def whole(data, model, tmp_path_factory) -> Path:
     """The run in one process of eight devices, 2 x 2 x 2."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    jax.config.update("jax_disable_most_optimizations", True)
     train_run(CONFIG, str(data), out, model, None, QUIET)
-    jax.config.update("jax_disable_most_optimizations", False)
     return out
 
 

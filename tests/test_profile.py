@@ -21,7 +21,11 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_instructions_and_where_they_come_from() -> None:
-    assert scopes(HLO) == {"dot.3": "jit(step)/jvp(decoder)/dot_general", "fusion.1": "jit(step)/optimizer/add"}
+    assert scopes(HLO) == {
+        "p": "",
+        "dot.3": "jit(step)/jvp(decoder)/dot_general",
+        "fusion.1": "jit(step)/optimizer/add",
+    }
 
 
 @pytest.mark.parametrize(

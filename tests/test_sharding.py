@@ -275,6 +275,9 @@ def test_only_the_data_axis_crosses_the_data_centre(monkeypatch: pytest.MonkeyPa
     for wrong in (MeshConfig(1, 8, 1, dcn_data=2), MeshConfig(4, 2, 1, dcn_data=4), MeshConfig(8, 1, 1, dcn_data=8)):
         with pytest.raises(ValueError, match=r"dcn_data=\d must divide data=\d.* slices .*dcn_data=1 is for"):
             make_mesh(wrong, devices)
+    if by == "slice":  # what no setting says must not put FSDP on the slow network
+        with pytest.raises(ValueError, match=r"2 slices, .* set dcn_data=2"):
+            make_mesh(MeshConfig(1, 8, 1), devices)
 
 
 def test_a_mesh_that_cuts_through_heads_raises() -> None:

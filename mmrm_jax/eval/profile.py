@@ -60,7 +60,7 @@ class Recorder:
         self.folder = folder
         self.op_scopes: dict[str, str] = {}
         self._inner, self._model, self._config = program, model, config
-        self._waited, self._tokens, self._left, self._tracing = 0.0, (0, 0), TRACED, False
+        self._waited, self._tokens, self._own, self._left, self._tracing = 0.0, (0, 0), 1, TRACED, False
 
     @property
     def dtype(self) -> str:
@@ -88,6 +88,7 @@ class Recorder:
                 except StopIteration:
                     return
                 self._waited, self._tokens = time.perf_counter() - start, count_tokens(batch)
+                self._own = batch.responses.tokens.size
                 yield batch
         finally:
             if hasattr(iterator, "close"):
@@ -100,7 +101,7 @@ class Recorder:
             self.op_scopes = scopes(self._inner.lower_train_step(state, batch).compile().as_text())
             jax.profiler.start_trace(str(self.folder))
             self._tracing = True
-        tokens, padded = self._tokens
+        tokens, padded = (self._all(n, batch) for n in self._tokens)
         flops = batch_flops(batch, self._inner, self._model, self._config) * tokens / padded
         with _compilations() as compiled:
             start = time.perf_counter()
@@ -113,6 +114,10 @@ class Recorder:
             if not self._left:
                 self.close()
         return result
+
+    def _all(self, own: int, batch: Batch) -> int:
+        """Tokens of the whole batch by those of this process's share of it, as if the others had as many."""
+        return own * batch.responses.tokens.size // self._own
 
     def close(self) -> None:
         """End a trace that is being written."""

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ PARTS = ("vision", "projector", "embedding", "decoder", "score", "objective", "o
 CONTAINERS = ("while", "call", "conditional", "async")  # whose time is that of what they hold
 PRODUCT = re.compile(r"dot_general|conv_general|ragged_dot")
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:.*metadata=\{[^}]*op_name=\"([^\"]*)\")?", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Time:
 
 
 def scopes(hlo: str) -> dict[str, str]:
-    """Name of every instruction of a compiled module -> where it comes from (its op_name)."""
+    """Name of every instruction of a compiled module -> where it comes from (its op_name), or "" if it has none."""
     return dict(_INSTRUCTION.findall(hlo))
 
 
@@ -43,12 +44,22 @@ def part_of(scope: str) -> tuple[str, str]:
 
 
 def read_trace(file: Path, op_scopes: dict[str, str]) -> list[Time]:
-    """Seconds by part and kind in an .xplane.pb, the most first. Operations of other programs are left out."""
-    seconds: collections.Counter[tuple[str, str]] = collections.Counter()
+    """Seconds by part and kind in an .xplane.pb, the most first.
+
+    Operations of other programs are left out: those of other batch shapes and of evaluation, which share names with
+    this one's but have some that it has not.
+    """
+    programs: dict[Any, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             for event in line.events:
-                name = str(dict(event.stats).get("hlo_op"))
-                if name in op_scopes and name.split(".")[0] not in CONTAINERS:
-                    seconds[part_of(op_scopes[name])] += event.duration_ns / 1e9
-    return [Time(*key, value) for key, value in seconds.most_common()]
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    programs[stats.get("program_id")][str(stats["hlo_op"])] += event.duration_ns
+    seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for operations in programs.values():
+        if operations.keys() <= op_scopes.keys():
+            for name, duration in operations.items():
+                if name.split(".")[0] not in CONTAINERS:
+                    seconds[part_of(op_scopes[name])] += duration / 1e9
+    return [Time(*key, value) for key, value in sorted(seconds.items(), key=lambda item: -item[1])]

@@ -77,14 +77,17 @@ def read_run(path: Path) -> SavedRun:
 
 
 def _fitting(mesh: MeshConfig) -> MeshConfig:
-    """The mesh that a run was trained on, where this machine has as many devices, else all devices as `data`.
+    """The mesh that a run was trained on, where this machine has as many devices, else as much of its `fsdp` as they
+    divide by.
 
     One process does not span slices.
     """
     mesh = mesh if jax.process_count() > 1 else dataclasses.replace(mesh, dcn_data=1)
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     divides = jax.device_count() % (mesh.fsdp * mesh.tensor) == 0
-    return mesh if math.prod(sizes) == jax.device_count() or (mesh.data == -1 and divides) else MeshConfig()
+    if math.prod(sizes) == jax.device_count() or (mesh.data == -1 and divides):
+        return mesh
+    return MeshConfig(fsdp=math.gcd(jax.device_count(), mesh.fsdp))
 
 
 def _from_json(cls: Any, values: dict[str, Any]) -> Any:

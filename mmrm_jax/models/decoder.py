@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -53,6 +55,26 @@ class DecoderLayer(nnx.Module):
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: Float[Array, "vocab D"], tokens: Int[Array, "*B S"], dtype: jnp.dtype) -> Float[Array, "*B S D"]:
+    """Rows of an embedding table in `dtype`. Their gradients are summed in the table's own: a frequent token has
+    thousands, and a sum in bfloat16 stops growing at 256 times what is added."""
+    return constrain(table.astype(dtype), "vocab", "looked_up")[tokens]
+
+
+def _look_up_forward(table: Array, tokens: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return look_up(table, tokens, dtype), (table, tokens)
+
+
+def _look_up_backward(dtype: jnp.dtype, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    summed = jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype))
+    return constrain(summed, "vocab", "looked_up"), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Decoder(nnx.Module):
     """Token embeddings, layers and final norm. The LM head is not part of a reward model."""
 
@@ -65,8 +87,7 @@ class Decoder(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "*B S"], dtype: jnp.dtype) -> Float[Array, "*B S D"]:
         """FSDP's part of the table is gathered; the columns that "tensor" splits are joined after the look-up."""
-        found = constrain(self.embedding[...].astype(dtype), "vocab", "looked_up")[tokens]
-        return by_group(found)
+        return by_group(look_up(self.embedding[...], tokens, dtype))
 
     @jax.named_scope("decoder")
     def __call__(

@@ -102,8 +102,10 @@ def train(
                     interval.settle()
                     if not program.is_finite(state):
                         raise NonFinite(step, "a parameter or optimiser moment", np.nan, batch.group_index)
-                    metrics = _measured(config, files.history[-1]) if saving and evaluating else {}
-                    files.checkpoint(step, state, interval.finished(), metrics)
+                    ranking = _measured(files.history[-1]) if saving and evaluating else {}
+                    files.checkpoint(step, state, interval.finished(), ranking)
+                    if ranking:
+                        _check_best(config, ranking)
                 if received:
                     raise Preempted(step, received)
         except NonFinite as error:
@@ -135,13 +137,13 @@ def _next(batches: Iterator[Batch], step: int) -> Batch:
         raise TrainingError(f"the data ended before step {step}") from None
 
 
-def _measured(config: TrainConfig, entry: dict[str, Any]) -> dict[str, float | None]:
-    """What checkpoints may be ranked by; None is what these data leave undefined.
+def _measured(entry: dict[str, Any]) -> dict[str, float | None]:
+    """What checkpoints may be ranked by; None is what these data leave undefined."""
+    return {k: v for k, v in entry.items() if k != "seconds" and (v is None or isinstance(v, float))}
 
-    Raises TrainingError where `best_metric` is to rank them and is not among it.
-    """
-    measured = {k: v for k, v in entry.items() if k != "seconds" and (v is None or isinstance(v, float))}
+
+def _check_best(config: TrainConfig, measured: Iterable[str]) -> None:
+    """Raises TrainingError where `best_metric` is to rank checkpoints and is not among what is measured."""
     if config.keep_best and config.best_metric not in measured:
         known = ", ".join(sorted(measured))
         raise TrainingError(f"best_metric {config.best_metric!r} is not among what this run measures: {known}")
-    return measured

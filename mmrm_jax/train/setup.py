@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,10 @@ def training_sources(
 
 
 def training_steps(config: TrainConfig, groups: int) -> int:
-    """`steps`, or as many as `epochs` passes over the groups take."""
-    return config.steps if config.steps is not None else max(1, round(config.epochs * groups / config.batch_size))
+    """`steps`, or as many as `epochs` passes over the groups take; the last batch is filled from the next pass."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.ceil(round(config.epochs * groups / config.batch_size, 6)))
 
 
 def training_batches(

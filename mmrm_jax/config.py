@@ -151,6 +151,9 @@ class DataConfig:
         holdout_seed: Which share that is.
         cache: Keep encoded groups in memory: decoding and tokenising happen once. For small data sets.
         join: Most training rows of one image and prompt that become one group, encoded once; sizes count groups.
+        augment: Random changes of the images of training.
+        features: Folder in which what a frozen vision tower makes of each image is kept, so that it runs once an image
+            and not in every step; None keeps nothing. Without augmentation and drop path.
     """
 
     max_length: int = 4096
@@ -162,6 +165,7 @@ class DataConfig:
     cache: bool = True
     join: int = 1
     augment: Augmentation = Augmentation()
+    features: Path | None = None
 
     def __post_init__(self) -> None:
         _check(self, "at least 1", join=self.join >= 1)
@@ -226,6 +230,11 @@ class TrainConfig:
     best_metric: str = "validation/accuracy"
     best_is: Literal["highest", "lowest"] = "highest"
 
+    @property
+    def features_dtype(self) -> str | None:
+        """That of the tower's features, where they stand in place of pixels."""
+        return None if self.data.features is None else self.compute_dtype
+
     def __post_init__(self) -> None:
         names = ("batch_size", "micro_batches", "eval_batch_size", "steps", "log_every", "eval_every")
         for name in (*names, "checkpoint_every", "keep_last"):
@@ -249,6 +258,7 @@ RESUMABLE = (
     "remat",
     "eval_batch_size",
     "data.workers",
+    "data.features",
     "log_every",
     "eval_every",
     "checkpoint_every",

@@ -19,12 +19,22 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tiny_models import MODEL, flat, make_batch, random_group, random_params, relative_errors
 
-from mmrm_jax.config import Augmentation, DataConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mmrm_jax.config import (
+    Augmentation,
+    DataConfig,
+    Environment,
+    LoraConfig,
+    MatrixConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mmrm_jax.data.batching import EncodedGroup
 from mmrm_jax.data.features import BLANK, FeatureError, FeatureStore
 from mmrm_jax.data.images import blank_tile
 from mmrm_jax.data.pipeline import EncodedSource, index_source
 from mmrm_jax.data.sources import MemorySource
+from mmrm_jax.eval.matrix_data import load_data, open_data
 from mmrm_jax.models.internvl import tile_features
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.features import check_frozen_tower, open_store, with_features
@@ -336,3 +346,21 @@ def test_training_and_evaluation_with_features(tmp_path: Path, capsys) -> None:
     # The folder may be given up or named anew when a run goes on.
     status, printed = run(capsys, "train", "--data", train, "--out", tmp_path / "with", *options)
     assert status == 0 and "going on from step 2" in printed, printed
+
+
+def test_the_sets_of_a_matrix_share_what_is_kept(tmp_path: Path) -> None:
+    names = ("one", "two")
+    for i, name in enumerate(names):
+        write_pairs(tmp_path, name, 6, seed=i)
+    config = MatrixConfig(
+        root=tmp_path,
+        environments=tuple(Environment(name, f"{name}.jsonl", "two.jsonl") for name in names),
+        train=TrainConfig(data=DataConfig(features=tmp_path / "features", holdout=0.0)),
+    )
+    data = load_data(config, open_data(config), open_checkpoint(MODEL_DIR, config.train.data), Console(quiet=True))
+    for sets in (data.train, data.test):
+        for each in sets.values():
+            encoded = each.encode(0)
+            assert isinstance(encoded, EncodedGroup) and encoded.tiles is not None
+            assert encoded.tiles.dtype == np.float32 and len(encoded.tiles) == each.shapes[0].tiles
+    assert len(files(tmp_path / "features")) == 12 and list(data.train) == ["one", "two"]

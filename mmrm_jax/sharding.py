@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmrm_jax.config import MeshConfig, ModelConfig
-from mmrm_jax.types import Batch, PyTree
+from mmrm_jax.types import Batch, Prefix, PyTree
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
@@ -155,11 +155,17 @@ def batch_shardings(batch: Batch, mesh: Mesh, *, micro: bool, shared: Collection
     split = NamedSharding(mesh, P(*((None,) if micro else ()), RULES["batch"]))
     shardings = jax.tree.map(lambda _: split, dataclasses.replace(batch, comparisons=None))
     prefixes = {
-        branch: dataclasses.replace(prefix, pixels=whole) if branch in shared else prefix
+        branch: _with_image(prefix, whole) if branch in shared else prefix
         for branch, prefix in shardings.prefixes.items()
     }
     comparisons = jax.tree.map(lambda _: whole, batch.comparisons)
     return dataclasses.replace(shardings, prefixes=prefixes, comparisons=comparisons)
+
+
+def _with_image(prefix: Prefix, sharding: Any) -> Prefix:
+    """The shardings of a prefix with another for its image, in whichever form that is given."""
+    pixels, features = jax.tree.map(lambda _: sharding, (prefix.pixels, prefix.features))
+    return dataclasses.replace(prefix, pixels=pixels, features=features)
 
 
 def whole_batch(size: int, mesh: Mesh) -> int:

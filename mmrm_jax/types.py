@@ -69,14 +69,16 @@ class Prefix:
     """What every response of a group shares, as one branch sees it: image, prompt, chat template.
 
     `visual_index[g, p]` is -1 at a text token; elsewhere the index, into the group's T*V visual tokens, of the
-    feature that replaces the token's embedding. `pixels` is None for a branch without an image, and has a leading
-    axis of 1 where all groups share one (blank) image.
+    feature that replaces the token's embedding. An image is given as `pixels`, or as `features`: what
+    `models.internvl.tile_features` made of its T tiles before. Both are None for a branch without an image, and have a
+    leading axis of 1 where all groups share one (blank) image.
     """
 
     tokens: Int[Array, "*M G P"]
     lengths: Int[Array, "*M G"]
     visual_index: Int[Array, "*M G P"]
     pixels: UInt8[Array, "*M G_or_1 T height width 3"] | None
+    features: Float[Array, "*M G_or_1 T V I"] | None = None
 
 
 @_pytree

@@ -14,7 +14,7 @@ import pytest
 from commands import run
 from tiny_models import MODEL
 
-from mmrm_jax.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mmrm_jax.config import DataConfig, DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, has_libtpu
 from mmrm_jax.plan.costs import Part, Product, train_costs
 from mmrm_jax.plan.estimate import device_bytes, estimate_collectives, saved_activations
@@ -49,6 +49,7 @@ def job(model: ModelConfig = MODEL, topology: Topology = ONE_HOST, **config) -> 
         {},
         {"freeze": (), "remat": "dots"},
         {"remat": "full", "proxy_input": "blank"},
+        {"proxy_input": "blank", "data": DataConfig(features=Path("features"))},
         {"objective": "standard", "freeze": ("vision", "decoder")},
     ],
     ids=str,
@@ -192,6 +193,11 @@ def test_a_batch_has_the_shapes_of_a_real_one() -> None:
     assert batch.prefixes["primary"].pixels.shape == (2, 4, 2, 8, 8, 3)
     assert batch.prefixes["proxy"].tokens.shape == (2, 4, 32 + visual)
     assert batch.prefixes["proxy"].pixels.shape == (2, 1, 1, 8, 8, 3)
+    kept = abstract_batch(SHAPE, MODEL, views, groups=8, micro_batches=2, features="bfloat16")  # type: ignore[arg-type]
+    for branch, groups, tiles in (("primary", 4, 2), ("proxy", 1, 1)):
+        features = kept.prefixes[branch].features
+        assert kept.prefixes[branch].pixels is None
+        assert (features.shape, features.dtype) == ((2, groups, tiles, visual, 4 * MODEL.vision.width), "bfloat16")
     assert (batch.responses.tokens.shape, batch.comparisons.index.shape) == ((2, 4, 3, 32), (2, 4, 2))
 
 

@@ -190,6 +190,19 @@ def test_two_processes_stop_together_go_on_together_and_agree_with_one(data, mod
             assert found["row"][name] == value, name
 
 
+def test_two_processes_make_the_features_of_a_frozen_tower(data, model, whole, tmp_path) -> None:
+    """On a mesh that splits the tower; two pictures break off. The run goes on as it did without features."""
+    out, folder = begun(whole, tmp_path / "run", 6), tmp_path / "features"
+    (out / "unreadable.jsonl").unlink()
+    named = ("--data.features", folder)
+    two = Two(tmp_path, "train", "--model", model, "--data", data, "--out", out, *options(CONFIG), *named)
+    assert two.wait() == [0, 0], two.said()
+    assert "features of 40 images, 38 of them made now" in " ".join(two.logs[0].read_text().split())
+    assert len(list(folder.rglob("*.safetensors"))) == 39  # and that of the blank tile
+    same_metrics(out, whole)
+    assert unreadable(out) <= unreadable(whole)
+
+
 def test_a_process_that_fails_alone_ends_the_other(data, tmp_path) -> None:
     """A picture that breaks off is in one process's share; in strict mode that one stops, and the other with it."""
     out = tmp_path / "run"

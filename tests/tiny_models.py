@@ -101,10 +101,11 @@ def make_batch(
     views: Mapping[str, str] | None = None,
     extra: int = 0,
     rows: int | None = None,
+    blank: np.ndarray | None = None,
 ) -> Batch:
     """A batch [M, ...] just large enough for `groups`, or `extra` larger in every padded dimension.
 
-    Responses are packed into `rows` rows a group; by default there is one for each.
+    Responses are packed into `rows` rows a group; by default there is one for each. `blank` is `collate`'s.
     """
     rows = max(len(g.responses) for g in groups) + extra if rows is None else rows
     views = {"primary": "multimodal", "proxy": "absent"} if views is None else views
@@ -120,7 +121,7 @@ def make_batch(
         image_size=config.vision.image_size,
     )
     num_groups = len(groups) if num_groups is None else num_groups
-    return collate(groups, buckets, num_groups=num_groups, micro_batches=micro_batches, views=views)
+    return collate(groups, buckets, num_groups=num_groups, micro_batches=micro_batches, views=views, blank=blank)
 
 
 def compile_train_step(model: ModelConfig, config: TrainConfig, batch: Batch) -> jax.stages.Compiled:

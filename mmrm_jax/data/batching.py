@@ -17,7 +17,10 @@ from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix, Responses
 
 @dataclasses.dataclass(frozen=True)
 class EncodedGroup:
-    """A group as arrays: token ids, uint8 tiles [T, S, S, 3] (None where no branch looks at the image)."""
+    """A group as arrays: token ids and tiles, None where no branch looks at the image.
+
+    Tiles are uint8 [T, S, S, 3], or what a frozen tower made of them, [T, V, I].
+    """
 
     index: int
     prefixes: dict[str, Conversation]
@@ -51,26 +54,34 @@ def collate(
     micro_batches: int,
     views: Mapping[str, str],
     room_for: Iterable[GroupShape] = (),
+    blank: np.ndarray | None = None,
 ) -> Batch:
     """A batch [M, num_groups / M, ...] of at most `num_groups` groups; the rest is padding.
 
-    A group and its comparisons stay in one micro-batch; all micro-batches share one shape, the cheapest that also fits
-    `room_for`: groups that other processes hold, say. Raises ValueError where none fits a group.
+    `blank` is the white tile in the form that all tiles are in, [1, ...]; pixels unless it is given. A group and its
+    comparisons stay in one micro-batch; all micro-batches share one shape, the cheapest that also fits `room_for`:
+    groups that other processes hold, say. Raises ValueError where none fits a group.
     """
     size = num_groups // micro_batches
     shape = buckets.smallest([*room_for, *(g.shape for g in groups)])
     # Round robin, so that a batch that is not full is spread evenly over the micro-batches.
-    parts = [_collate_micro(groups[m::micro_batches], buckets, size, shape, views) for m in range(micro_batches)]
+    blank = blank_tile(buckets.image_size) if blank is None else blank
+    parts = [_collate_micro(groups[m::micro_batches], buckets, size, shape, views, blank) for m in range(micro_batches)]
     return jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
 def _collate_micro(
-    groups: Sequence[EncodedGroup], buckets: Buckets, size: int, shape: BatchShape, views: Mapping[str, str]
+    groups: Sequence[EncodedGroup],
+    buckets: Buckets,
+    size: int,
+    shape: BatchShape,
+    views: Mapping[str, str],
+    blank: np.ndarray,
 ) -> Batch:
     prefixes = {}
     for branch, width in shape.prefixes.items():
-        pixels = _pixels(groups, size, shape.tiles, buckets.image_size, views[branch])
-        prefixes[branch] = _prefix([g.prefixes[branch] for g in groups], size, width, pixels)
+        tiles = _tiles(groups, size, shape.tiles, blank, views[branch])
+        prefixes[branch] = _prefix([g.prefixes[branch] for g in groups], size, width, tiles)
     compared: list[tuple[int, int, float, bool]] = []
     for g, group in enumerate(groups):
         base = g * buckets.responses
@@ -102,21 +113,24 @@ def _comparisons(compared: Sequence[tuple[int, int, float, bool]], size: int) ->
     return Comparisons(index, margin, tie, mask)  # type: ignore[arg-type]
 
 
-def _prefix(conversations: Sequence[Conversation], size: int, width: int, pixels: np.ndarray | None) -> Prefix:
+def _prefix(conversations: Sequence[Conversation], size: int, width: int, tiles: np.ndarray | None) -> Prefix:
     tokens = _pad_rows([c.tokens for c in conversations], size, width)
     visual = _pad_rows([c.visual for c in conversations], size, width, fill=-1)
     lengths = np.zeros(size, np.int32)
     lengths[: len(conversations)] = [len(c.tokens) for c in conversations]
-    return Prefix(tokens, lengths, visual, pixels)  # type: ignore[arg-type]
+    pixels, features = (tiles, None) if tiles is None or tiles.dtype == np.uint8 else (None, tiles)
+    return Prefix(tokens, lengths, visual, pixels, features)  # type: ignore[arg-type]
 
 
-def _pixels(groups: Sequence[EncodedGroup], size: int, tiles_size: int, side: int, view: str) -> np.ndarray | None:
+def _tiles(
+    groups: Sequence[EncodedGroup], size: int, tiles_size: int, blank: np.ndarray, view: str
+) -> np.ndarray | None:
     if view == "blank":
-        return blank_tile(side)[None]
+        return blank[None]
     if view == "absent" or not tiles_size:
         return None
-    pixels = np.zeros((size, tiles_size, side, side, 3), np.uint8)
+    tiles = np.zeros((size, tiles_size, *blank.shape[1:]), blank.dtype)
     for g, group in enumerate(groups):
         if group.tiles is not None:
-            pixels[g, : len(group.tiles)] = group.tiles
-    return pixels
+            tiles[g, : len(group.tiles)] = group.tiles
+    return tiles

@@ -22,6 +22,7 @@ from mmrm_jax.config import Augmentation, BranchInput
 from mmrm_jax.data.augment import augment
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import Buckets, GroupShape, fit_buckets
+from mmrm_jax.data.features import SourceFeatures
 from mmrm_jax.data.images import ImageError
 from mmrm_jax.data.processor import Change, Processor, unchanged
 from mmrm_jax.data.records import raise_first
@@ -40,7 +41,10 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSource:
-    """Groups that fit, as arrays. `kept` are their positions in `source`; `shapes` what they need of a batch."""
+    """Groups that fit, as arrays. `kept` are their positions in `source`; `shapes` what they need of a batch.
+
+    With `features` groups have these in place of their tiles, and images are not read again.
+    """
 
     source: GroupSource = dataclasses.field(repr=False)  # Grain writes out the repr of what it maps
     processor: Processor
@@ -48,6 +52,7 @@ class EncodedSource:
     kept: tuple[int, ...] = dataclasses.field(repr=False)
     shapes: tuple[GroupShape, ...] = dataclasses.field(repr=False)
     cache: dict[int, EncodedGroup] = dataclasses.field(repr=False)
+    features: SourceFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -66,19 +71,23 @@ class EncodedSource:
         if index not in self.cache:
             return self.encode_group(self.group(index), index, change)
         encoded = self.cache[index]
-        if change is unchanged or encoded.tiles is None:
-            return encoded
-        group = self.group(index)
-        assert group.image is not None  # it has tiles
         try:
-            return dataclasses.replace(encoded, tiles=self.processor.tiles(group.image, change))
+            if self.features is not None:
+                return dataclasses.replace(encoded, tiles=self.features.of(index))
+            if change is unchanged or encoded.tiles is None:
+                return encoded
+            image = self.group(index).image
+            assert image is not None  # it has tiles
+            return dataclasses.replace(encoded, tiles=self.processor.tiles(image, change))
         except ImageError as error:
+            group = self.group(index)
             return Quarantined(group.file, group.row, str(error), group.id)
 
     def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""
         try:
-            return self.processor.encode(group, index, self.views, change)
+            features = None if self.features is None else self.features.of(index)
+            return self.processor.encode(group, index, self.views, change, features)
         except (ImageError, TextError) as error:
             return Quarantined(group.file, group.row, str(error), group.id)
 
@@ -253,6 +262,7 @@ class MakeBatch:
             micro_batches=self.micro_batches,
             views=self.data.views,
             room_for=[self.data.shapes[int(p)] for p in positions],
+            blank=None if self.data.features is None else self.data.features.blank,
         )
 
 

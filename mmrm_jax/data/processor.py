@@ -80,17 +80,22 @@ class Processor:
         write_object(path / SAVED, saved)
 
     def encode(
-        self, group: Group, index: int, views: dict[str, BranchInput], change: Change = unchanged
+        self,
+        group: Group,
+        index: int,
+        views: dict[str, BranchInput],
+        change: Change = unchanged,
+        features: np.ndarray | None = None,
     ) -> EncodedGroup:
         """Tokens and tiles of a group for the branches in `views`; `change` is what is done to its image first.
 
-        Raises ImageError or TextError for a group that cannot be used.
+        Where there are `features` of the image, [T, V, I], they stand in place of its tiles, and it is not read. Raises
+        ImageError or TextError for a group that cannot be used.
         """
-        tiles = None
-        count = 0
-        if group.image is not None and _looks(views):
+        tiles = features
+        if tiles is None and group.image is not None and _looks(views):
             tiles = self.tiles(group.image, change)
-            count = len(tiles)
+        count = 0 if tiles is None else len(tiles)
         text = encode_texts(self.chat, group.prompt, group.responses, count, views, self.max_length)
         return EncodedGroup(index, text.prefixes, text.responses, tiles, group.comparisons)
 

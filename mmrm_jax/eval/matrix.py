@@ -23,6 +23,7 @@ from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, 
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
+from mmrm_jax.train.features import check_frozen_tower
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.program import Program, build_program, find_objective
 from mmrm_jax.train.progress import make_progress, task
@@ -109,6 +110,7 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     check_matrix(config)
     model = config.model or MODEL_DIR
     checkpoint = open_checkpoint(model, config.train.data)
+    check_frozen_tower(checkpoint.config, config.train)
     with keep_quarantine(refused_file(config.out)):
         sources = open_data(config)
         resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}

@@ -15,6 +15,7 @@ from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource, fingerprint
+from mmrm_jax.train.features import with_features
 from mmrm_jax.train.program import find_objective
 from mmrm_jax.train.setup import (
     Checkpoint,
@@ -126,7 +127,7 @@ def fingerprints(sources: Sources, model: Path) -> dict[str, Any]:
 
 
 def load_data(config: MatrixConfig, sources: Sources, checkpoint: Checkpoint, console: Console) -> Data:
-    """Measure every set, and encode it where it is cached."""
+    """Measure every set, and encode it where it is cached; the tower's features are made where they are kept."""
     views = merged_views(map(find_objective, config.objectives), config.train)
     quarantined = list(sources.quarantined)
 
@@ -139,5 +140,8 @@ def load_data(config: MatrixConfig, sources: Sources, checkpoint: Checkpoint, co
         return found
 
     train_sets, test_sets = encoded(sources.train, config.train.data.join), encoded(sources.test)
+    featured = with_features([*train_sets.values(), *test_sets.values()], checkpoint, config.train, console)
+    train_sets = dict(zip(train_sets, featured, strict=False))
+    test_sets = dict(zip(test_sets, featured[len(train_sets) :], strict=True))
     buckets = buckets_for([*train_sets.values(), *test_sets.values()], config.train.data.buckets)
     return Data(train_sets, test_sets, sources.iid, buckets, quarantined)

@@ -156,8 +156,8 @@ def count_tokens(batch: Batch) -> tuple[int, int]:
 def batch_flops(batch: Batch, program: Program, model: ModelConfig, config: TrainConfig) -> float:
     """FLOPs that the mathematics of a step of this shape needs, padding included: those of `plan.costs`."""
     views = program.views
-    seen = [p.pixels for b, p in batch.prefixes.items() if p.pixels is not None and views[b] != "blank"]
-    tiles = max((pixels.shape[2] for pixels in seen), default=1)
+    seen = [p.pixels if p.features is None else p.features for b, p in batch.prefixes.items() if views[b] != "blank"]
+    tiles = max((images.shape[2] for images in seen if images is not None), default=1)
     visual = {b: DataShape(tiles=tiles).tiles_of(views[b]) * model.visual_tokens_per_tile for b in batch.prefixes}
     widths = [p.tokens.shape[-1] - visual[b] for b, p in batch.prefixes.items()]
     rows, length = batch.responses.tokens.shape[-2:]

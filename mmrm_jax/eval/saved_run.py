@@ -102,5 +102,7 @@ def _from_json(cls: Any, values: dict[str, Any]) -> Any:
             value = _from_json(kind, value)
         elif isinstance(value, list):
             value = tuple(value)
+        elif isinstance(value, str) and Path in typing.get_args(kind):
+            value = Path(value)
         fields[name] = value
     return cls(**fields)

@@ -26,6 +26,7 @@ from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
+from mmrm_jax.train.features import check_frozen_tower, with_features
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.preemption import handled
 from mmrm_jax.train.program import Program, build_program, find_objective
@@ -70,6 +71,7 @@ def open_run(
     """
     paths = {"model": str(model) if model else None, "image_root": str(image_root) if image_root else None}
     checkpoint = open_checkpoint(model or MODEL_DIR, config.data)
+    check_frozen_tower(checkpoint.config, config)
     views = merged_views([find_objective(config.objective)], config)
     source, held_out, quarantined = training_sources(spec, Path(), image_root, config)
     prints = _fingerprints(source, held_out, checkpoint.path)
@@ -93,7 +95,9 @@ def open_run(
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         write_quarantine(out / "quarantine.jsonl", quarantined)
-    sets = [data] if validation is None else [data, validation]
+    data, *rest = with_features([data] if validation is None else [data, validation], checkpoint, config, console)
+    validation = rest[0] if rest else None
+    sets = [data, *rest]
     buckets = buckets_for(sets, config.data.buckets)
     console.print(describe_data(sets, buckets))
     settings = resolved | {"total_steps": training_steps(config, len(data))}
@@ -249,6 +253,7 @@ def evaluate_run(
     clear_quarantine(quarantine)
     if is_main():
         write_quarantine(quarantine, quarantined)  # the evaluation adds what it cannot read
+    (data,) = with_features([data], checkpoint, config, console)
     state, step = saved.restore(console, chosen)
     buckets = buckets_for([data], config.data.buckets)
     console.print(describe_data([data], buckets))

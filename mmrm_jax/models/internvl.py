@@ -26,6 +26,24 @@ def pixel_shuffle(x: Float[Array, "I h w D"], ratio: float, version: str) -> Flo
     return x if version == "v1" else x.transpose(0, 2, 1, 3)
 
 
+def tile_features(
+    vision: VisionTower,
+    tiles: UInt8[Array, "B h w 3"],
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    keys: Key[Array, " B"] | None = None,
+) -> Float[Array, "B V I"]:
+    """What the tower alone makes of each tile, on its own: patches of the selected layer, shuffled.
+
+    `keys`, one a tile, turn on drop path.
+    """
+    hidden = vision(tiles, select_layer=config.select_layer, dtype=dtype, keys=keys)
+    side = config.vision.image_size // config.vision.patch_size
+    patches = hidden[:, 1:].reshape(len(tiles), side, side, -1)
+    shuffled = pixel_shuffle(patches, config.downsample_ratio, config.pixel_shuffle)
+    return shuffled.reshape(len(tiles), config.visual_tokens_per_tile, -1)
+
+
 class Projector(nnx.Module):
     """Layer norm and a two-layer MLP from shuffled patches to the decoder's width (`mlp1` in checkpoints)."""
 
@@ -52,28 +70,31 @@ class InternVL(nnx.Module):
         self.config = config
 
     def visual_features(
-        self, pixels: UInt8[Array, "G T h w 3"], dtype: jnp.dtype, keys: Key[Array, " G"] | None = None
+        self,
+        tiles: UInt8[Array, "G T h w 3"] | Float[Array, "G T V I"],
+        dtype: jnp.dtype,
+        keys: Key[Array, " G"] | None = None,
     ) -> Float[Array, "G TV D"]:
-        """Visual tokens of each group's tiles, in tile order."""
-        c = self.config
-        g, t = pixels.shape[:2]
-        if keys is not None:  # a tile's draws depend on its group's key and its place, not on how many are padded
-            keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(t)))(keys).reshape(g * t)
-        tiles = pixels.reshape(g * t, *pixels.shape[2:])
-        hidden = self.vision(tiles, select_layer=c.select_layer, dtype=dtype, keys=keys)
-        side = c.vision.image_size // c.vision.patch_size
-        patches = hidden[:, 1:].reshape(g * t, side, side, -1)
-        shuffled = pixel_shuffle(patches, c.downsample_ratio, c.pixel_shuffle)
-        return self.projector(shuffled.reshape(g, t * c.visual_tokens_per_tile, -1))
+        """Visual tokens of each group's tiles, pixels or their `tile_features`, in tile order."""
+        g, t = tiles.shape[:2]
+        if jnp.issubdtype(tiles.dtype, jnp.floating):
+            features = tiles.astype(dtype)
+        else:
+            if keys is not None:  # a tile's draws depend on its group's key and its place, not on how many are padded
+                each = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(t)))
+                keys = each(keys).reshape(g * t)
+            features = tile_features(self.vision, tiles.reshape(g * t, *tiles.shape[2:]), self.config, dtype, keys)
+        return self.projector(features.reshape(g, t * self.config.visual_tokens_per_tile, -1))
 
     def embed_prefix(
         self, prefix: Prefix, dtype: jnp.dtype, keys: Key[Array, " G_or_1"] | None = None
     ) -> Float[Array, "G P D"]:
         """Token embeddings with visual features in their places."""
         x = self.decoder.embed(prefix.tokens, dtype)
-        if prefix.pixels is None:
+        tiles = prefix.pixels if prefix.features is None else prefix.features
+        if tiles is None:
             return x
-        features = self.visual_features(prefix.pixels, dtype, keys)
+        features = self.visual_features(tiles, dtype, keys)
         index = prefix.visual_index
         features = jnp.broadcast_to(features, (index.shape[0], *features.shape[1:]))
         placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)

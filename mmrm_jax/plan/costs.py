@@ -195,6 +195,8 @@ def train_costs(
     model_flops, device_flops, device_bytes = 0.0, 0.0, 2.0 * state_bytes
     for branch, view in views.items():
         for i, part in enumerate(branch_parts(model, config.remat, shape, view, params[branch])):
+            if config.features_dtype and shape.tiles_of(view) and i < 2:
+                continue  # the tower's two parts: its features are read
             # Tower and projector see a blank tile once for all groups of a micro-batch, on every device.
             shared = view == "blank" and i < 3
             groups = config.micro_batches if shared else config.batch_size

@@ -69,7 +69,7 @@ def saved_activations(program: Program, model: ModelConfig, config: TrainConfig,
         return jax.vjp(total, params)[1]
 
     def residuals(groups: int) -> list[jax.ShapeDtypeStruct]:
-        batch = abstract_batch(shape, model, views, groups=groups, micro_batches=None)
+        batch = abstract_batch(shape, model, views, groups=groups, micro_batches=None, features=config.features_dtype)
         with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
             return jax.tree.leaves(jax.eval_shape(pullback, program.abstract.params, program.abstract.frozen, batch))
 
@@ -140,7 +140,7 @@ def estimate_collectives(
         twice = sum(_elements(branch.get("decoder", {})) for branch in trained.values())
         found.append(Collective("all-gather", _elements(trained) * fsdp * itemsize, fsdp, 2 * micro))
         found.append(Collective("reduce-scatter", (_elements(trained) + twice) * itemsize, fsdp, micro))
-        for elements, passes in _frozen_uses(program):
+        for elements, passes in _frozen_uses(program, config):
             found.append(Collective("all-gather", elements * fsdp * itemsize, fsdp, passes * micro))
     if data > 1:
         found.append(Collective("all-reduce", _elements(trained) * itemsize, data, micro))
@@ -156,12 +156,13 @@ def _elements(tree: PyTree) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)))
 
 
-def _frozen_uses(program: Program) -> Iterator[tuple[float, int]]:
+def _frozen_uses(program: Program, config: TrainConfig) -> Iterator[tuple[float, int]]:
     """For each branch and part that it does not train: elements on one device, and passes through it.
 
     The backward pass goes through what lies behind something that is trained.
     """
-    everything = nnx.to_flat_state(program.abstract.frozen)
+    unused = {"vision"} if config.features_dtype else set()
+    everything = [(path, x) for path, x in nnx.to_flat_state(program.abstract.frozen) if path[0] not in unused]
     for branch, view in program.views.items():
         own, below = dict(nnx.to_flat_state(program.abstract.params[branch])), False
         for part in ("decoder", "score") if view == "absent" else (*IMAGE_PARTS, "decoder", "score"):

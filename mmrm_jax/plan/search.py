@@ -208,7 +208,9 @@ def compile_candidate(job: Job, row: Candidate) -> Candidate:
 def placed_batch(job: Job, program: Program) -> Batch:
     """The abstract batch with its shardings, for ahead-of-time compilation."""
     size, parts = job.config.batch_size, job.config.micro_batches
-    batch = abstract_batch(job.shape, job.model, program.views, groups=size, micro_batches=parts)
+    batch = abstract_batch(
+        job.shape, job.model, program.views, groups=size, micro_batches=parts, features=job.config.features_dtype
+    )
     shardings = batch_shardings(batch, program.mesh, micro=True, shared=program.shared)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
 

@@ -48,9 +48,18 @@ class DataShape:
 
 
 def abstract_batch(
-    shape: DataShape, model: ModelConfig, views: dict[str, BranchInput], *, groups: int, micro_batches: int | None
+    shape: DataShape,
+    model: ModelConfig,
+    views: dict[str, BranchInput],
+    *,
+    groups: int,
+    micro_batches: int | None,
+    features: str | None = None,
 ) -> Batch:
-    """A batch of `groups` groups as shapes and dtypes, in `micro_batches` parts; None leaves out their axis."""
+    """A batch of `groups` groups as shapes and dtypes, in `micro_batches` parts; None leaves out their axis.
+
+    `features` is the dtype of the tower's features where they stand in place of pixels.
+    """
     lead = () if micro_batches is None else (micro_batches,)
     size, side = groups // (micro_batches or 1), model.vision.image_size
 
@@ -61,8 +70,13 @@ def abstract_batch(
     for branch, view in views.items():
         length, tiles = shape.prefix_of(view, model), shape.tiles_of(view)
         owners = 1 if view == "blank" else size
-        pixels = array(owners, tiles, side, side, 3, dtype=jnp.uint8) if tiles else None
-        prefixes[branch] = Prefix(array(size, length), array(size), array(size, length), pixels)  # type: ignore[arg-type]
+        image: dict[str, jax.ShapeDtypeStruct | None] = {"pixels": None}
+        if tiles and features is None:
+            image["pixels"] = array(owners, tiles, side, side, 3, dtype=jnp.uint8)
+        elif tiles:
+            sizes = (model.visual_tokens_per_tile, int(model.vision.width / model.downsample_ratio**2))
+            image["features"] = array(owners, tiles, *sizes, dtype=jnp.dtype(features))
+        prefixes[branch] = Prefix(array(size, length), array(size), array(size, length), **image)  # type: ignore[arg-type]
     count = size * shape.comparisons
     flags = array(count, dtype=jnp.bool_)
     comparisons = Comparisons(array(count, 2), array(count, dtype=jnp.float32), flags, flags)  # type: ignore[arg-type]

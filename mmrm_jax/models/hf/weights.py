@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,25 @@ def checkpoint_problems(path: Path, config: ModelConfig, like: nnx.State, *, bra
     files.
     """
     return _compared(path, config, like, branch)[-1]
+
+
+def weights_digest(path: Path, config: ModelConfig, part: str) -> str:
+    """SHA-256 of the tensors of one part of a checkpoint ("vision"), by name, dtype and shape, as its files have them.
+
+    Raises ValueError for unreadable files.
+    """
+    found = _of_branch(open_tensors(path), "primary")
+    layout = checkpoint_layout(found)
+    tensors = {canonical_name(name, layout): t for name, t in found.items()}
+    entries = [entry for entry in name_table(config, layout) if entry.path[0] == part]
+    layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}.get(part, 1)
+    names = {entry.name.format(i) for entry in entries for i in range(layers)}
+    digest = hashlib.sha256()
+    for name in sorted(names & tensors.keys()):
+        t = tensors[name]
+        digest.update(f"\n{name} {t.dtype} {t.shape}\n".encode())
+        digest.update(t.read((slice(None),) * len(t.shape)).tobytes())
+    return digest.hexdigest()
 
 
 def _compared(

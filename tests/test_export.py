@@ -203,7 +203,7 @@ def test_a_run_is_read_on_any_machine_and_says_where_it_is_unfinished(capsys, tr
     other = changed_run(trained, tmp_path, mesh=mesh, total_steps=9, eval_batch_size=3)
     saved = read_run(other)
     state, _ = saved.restore(Console())
-    assert saved.program.mesh.shape["data"] == 8 and state.opt_state == ()
+    assert saved.program.mesh.shape["fsdp"] == 8 and state.opt_state == ()
     said, file = "stopped at step 2 of 9", tmp_path / "result.json"
     status, text = run(capsys, "export", "--run", other, "--out", tmp_path / "out", "--json", file)
     found = json.loads(file.read_text())

@@ -46,8 +46,6 @@ from mmrm_jax.types import Batch, Comparison, Group, Quarantined
 TOLERANCE = 1e-5
 VIEWS = {"primary": "multimodal", "proxy": "blank"}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 # ---- the step
 

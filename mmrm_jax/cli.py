@@ -41,7 +41,7 @@ def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
     from mmrm_jax.eval.matrix import check_matrix, run_matrix
     from mmrm_jax.eval.publish import publish
 
-    default = QuickstartArgs(_with_runs(shapes.CONFIG, QuickstartRun), shapes.CONFIG.train.steps)
+    default = QuickstartArgs(_with_runs(shapes.CONFIG, QuickstartRun), shapes.CONFIG.train.steps, shapes.COMPARISONS)
     args = _parse("quickstart", QuickstartArgs, argv, default)
     config = _with_runs(args.config, TrainConfig, steps=args.steps)
     if config.root != shapes.CONFIG.root or config.image_root is not None or config.environments:
@@ -50,7 +50,7 @@ def quickstart(argv: Sequence[str], console: Console) -> dict[str, Any]:
         )
     check_matrix(config)
     console.print("rendering the shapes world ...")
-    config = shapes.with_shapes_world(config, args.data or config.out / "data")
+    config = shapes.with_shapes_world(config, args.data or config.out / "data", args.comparisons)
     return _written(args.json, publish(run_matrix(config, console), console, _command("quickstart", argv)))
 
 

@@ -38,12 +38,14 @@ class QuickstartArgs:
         config: Settings; the defaults are those of the numbers in the README.
         steps: Optimiser steps per run; fewer for a look, at the price of a weaker effect. None trains for
             `train.epochs` passes over the data.
+        comparisons: Training comparisons of each environment; its test set has an eighth of them.
         data: Where the rendered data set is kept; None puts it into the run directory.
         json: Also write the results to this file.
     """
 
     config: Annotated[MatrixConfig, tyro.conf.arg(name="")]
     steps: int | None
+    comparisons: int
     data: Path | None = None
     json: Path | None = None
 

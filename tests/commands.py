@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,11 @@ def run(capsys, *arguments: object) -> tuple[int, str]:
         status = int(stop.code or 0)
     captured = capsys.readouterr()
     return status, captured.out + captured.err
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of this session with another number of fake devices, for a process that is started."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
 
 
 def write_pairs(folder: Path, name: str, count: int, *, seed: int = 0) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
 # Tiny models spend their time in the compiler, and results must not depend on what it optimises.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false"
+
+
+def accepted(flag: str) -> bool:
+    """Whether this XLA knows the flag: it aborts at one that it does not."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return not subprocess.run(command, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ and accepted(QUICK_COMPILER):  # workers inherit it
+    os.environ["XLA_FLAGS"] += " " + QUICK_COMPILER
 
 # Shapes and dtypes in annotations are checked at every call, in tests only.
 install_import_hook(["mmrm_jax.models", "mmrm_jax.objectives"], "beartype.beartype")

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from commands import write_pairs
+from commands import write_pairs, xla_flags
 from nbclient import NotebookClient
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -91,10 +91,7 @@ def mmrm_script(folder: Path) -> Path:
 
 def local(processes: int, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess:
     """`launch/local.sh` with two devices a process."""
-    environment = os.environ | {
-        "MMRM": str(mmrm_script(tmp_path)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = os.environ | {"MMRM": str(mmrm_script(tmp_path)), "XLA_FLAGS": xla_flags(2)}
     command = ["bash", LAUNCH / "local.sh", str(processes), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
@@ -145,6 +142,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     mmrm_script(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("MMRM_STEPS", "2")
+    monkeypatch.setenv("MMRM_COMPARISONS", "256")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "quickstart" / "report.html").is_file()
     assert "text/html" in notebook.cells[-1].outputs[0].data

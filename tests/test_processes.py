@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import write_pairs
+from commands import write_pairs, xla_flags
 from rich.console import Console
 
 from mmrm_jax.config import DataConfig, MeshConfig, TrainConfig
@@ -125,11 +125,10 @@ class Two:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = "--xla_force_host_platform_device_count=4"
         self.logs, self.processes = [folder / f"log-{i}" for i in range(2)], []
         for i, log in enumerate(self.logs):
             own = {"MMRM_COORDINATOR": address, "MMRM_NUM_PROCESSES": "2", "MMRM_PROCESS_ID": str(i)}
-            own |= {"XLA_FLAGS": flags}
+            own |= {"XLA_FLAGS": xla_flags(4)}
             own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             command = [sys.executable, "-c", program, *map(str, arguments)]
             with log.open("w") as file:

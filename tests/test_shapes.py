@@ -258,6 +258,21 @@ def test_builder_round_trip(tmp_path: Path):
     assert other["long"] != paths["long"]
 
 
+@pytest.mark.parametrize(("on", "other"), [("test", "validation"), ("validation", "test")])
+def test_the_quickstart_renders_what_it_tests_on_alone(tmp_path: Path, on, other):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from mmrm_jax.eval.quickstart import CONFIG, with_shapes_world
+
+    config = with_shapes_world(dataclasses.replace(CONFIG, on=on), tmp_path, 17)
+    for environment in config.environments:
+        folder, _, split = str(environment.test if on == "test" else environment.validation).rpartition(":")
+        sizes = {name: info.num_examples for name, info in tfds.builder_from_directory(folder).info.splits.items()}
+        assert split == on and other not in sizes and sizes[on] == 2
+        assert sizes.get("train") == (None if environment.train is None else 17)
+    with pytest.raises(ValueError, match="comparisons is 7"):
+        with_shapes_world(CONFIG, tmp_path, 7)
+
+
 def test_builder_configs_are_checked():
     pytest.importorskip("tensorflow_datasets")
     from mmrm_jax.data.tfds.shapes_world import ShapesWorld, shapes_world_config

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import write_pairs
+from commands import write_pairs, xla_flags
 from orbax.checkpoint import v1 as ocp
 
 STEPS = 48
@@ -32,7 +32,7 @@ SERVER.set_forkserver_preload(["mmrm_jax.cli", "mmrm_jax.eval.single", "tensorbo
 
 def command(arguments: list[str]) -> None:
     """What a process does."""
-    os.environ["XLA_FLAGS"] = ""  # one device
+    os.environ["XLA_FLAGS"] = xla_flags(1)
     multiprocessing.set_start_method("fork", force=True)  # its queues leave nothing behind when they are killed
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -206,8 +206,7 @@ def encode_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 def fill_answer(template: str, scene: Scene) -> str:
     """Fill an answer's phrasing with a scene's attributes; the hedge mark "|" stays in."""
-    words = dataclasses.asdict(scene)
-    return template.format(**{**words, "position": _WORDING[scene.position]})
+    return template.format(**{**vars(scene), "position": _WORDING[scene.position]})
 
 
 def style_answer(answer: str, style: str, rng: np.random.Generator) -> str:

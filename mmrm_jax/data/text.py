@@ -109,12 +109,13 @@ class ChatTokenizer:
             raise ValueError(f"the tokenizer has no token {token!r}, which the template {self.template.name} needs")
         return found
 
-    def encode(self, pieces: Iterable[Piece]) -> Conversation:
-        """The ids of a whole conversation.
+    def encode(self, pieces: Iterable[Piece], known: dict[str, list[int]] | None = None) -> Conversation:
+        """The ids of a whole conversation; `known` saves tokenising a text of several conversations twice.
 
         Adjacent texts are joined before tokenising, so merges across template borders happen as usual. Raises
         TextError where a text yields a token of the template, which only a damaged vocabulary makes it do.
         """
+        known = {} if known is None else known
         tokens = list(self.vocabulary.start)
         slots: list[int] = []
         for position, piece in enumerate(self._trimmed(_joined(pieces))):
@@ -124,14 +125,19 @@ class ChatTokenizer:
                 slots += range(len(tokens), len(tokens) + piece.count)
                 tokens += [self._special[IMAGE_CONTEXT]] * piece.count
             elif piece:
-                prefix = self.vocabulary.inner if position else self.vocabulary.opening
-                ids = self.tokenizer.encode(prefix + piece, add_special_tokens=False).ids
-                if not self._reserved.isdisjoint(ids):
-                    raise TextError("the vocabulary makes a special token of the chat template out of ordinary text")
-                tokens += ids
+                text = (self.vocabulary.inner if position else self.vocabulary.opening) + piece
+                if text not in known:
+                    known[text] = self._ids(text)
+                tokens += known[text]
         visual = np.full(len(tokens), -1, np.int32)
         visual[slots] = np.arange(len(slots))
         return Conversation(np.asarray(tokens, np.int32), visual)
+
+    def _ids(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._reserved.isdisjoint(ids):
+            raise TextError("the vocabulary makes a special token of the chat template out of ordinary text")
+        return ids
 
     def _trimmed(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
         """Texts without the white space that a special token beside them swallows (`rstrip`, `lstrip`: Phi-3)."""
@@ -142,8 +148,10 @@ class ChatTokenizer:
                 piece = piece.rstrip() if right and right.lstrip else piece
             yield piece
 
-    def conversation(self, prompt: str, response: str, tiles: int, view: BranchInput) -> Conversation:
-        """One prompt and response as a branch sees them.
+    def conversation(
+        self, prompt: str, response: str, tiles: int, view: BranchInput, known: dict[str, list[int]] | None = None
+    ) -> Conversation:
+        """One prompt and response as a branch sees them; `known` is `encode`'s.
 
         The image stands where the prompt says (see `split_at_image`). `absent` leaves it out, `blank` puts one tile in
         its place, `image_only` leaves out the prompt's text; without tiles there is no image for any but `blank`.
@@ -154,7 +162,7 @@ class ChatTokenizer:
         if view == "absent" or tiles == 0:
             tiles, after = 0, after if before else after.removeprefix("\n")
         slots = tiles * self.visual_tokens_per_tile
-        return self.encode(self.template.pieces(before, slots, after, response))
+        return self.encode(self.template.pieces(before, slots, after, response), known)
 
 
 def _settle_opening(vocabulary: Vocabulary, template: Template) -> Vocabulary:
@@ -213,8 +221,9 @@ def encode_texts(
     """
     prefixes: dict[str, Conversation] = {}
     tails: tuple[np.ndarray, ...] | None = None
+    known: dict[str, list[int]] = {}
     for branch, view in views.items():
-        whole = [chat.conversation(prompt, r, tiles, view) for r in responses]
+        whole = [chat.conversation(prompt, r, tiles, view, known) for r in responses]
         longest = max(len(c.tokens) for c in whole)
         if longest > max_length:
             raise TextError(f"a conversation has {longest} tokens, over the budget of max_length={max_length}")

@@ -10,6 +10,8 @@ from mmrm_jax.data.tfds import quiet_tfds
 from mmrm_jax.data.tfds.shapes_world import build_shapes_world
 from mmrm_jax.tiny import LEARNING_RATE
 
+COMPARISONS = 8192
+
 # The rates of the world are documented in `data.shapes`; these settings were chosen on the validation split.
 CONFIG = MatrixConfig(
     out=Path("runs/quickstart"),
@@ -23,15 +25,22 @@ CONFIG = MatrixConfig(
 )
 
 
-def with_shapes_world(config: MatrixConfig, data_dir: Path) -> MatrixConfig:
-    """Build the shapes world below `data_dir` where it is missing, and point the configuration at it."""
+def with_shapes_world(config: MatrixConfig, data_dir: Path, comparisons: int) -> MatrixConfig:
+    """Build the shapes world below `data_dir` where it is missing, and point the configuration at it.
+
+    `comparisons` are those of each training set; what is tested on, `config.on`, has an eighth of them. Raises
+    ValueError where that is none.
+    """
+    if comparisons < 8:
+        raise ValueError(f"comparisons is {comparisons}; a test set has an eighth of them, so give at least 8")
+    validation, test = ((comparisons // 8) * (config.on == split) for split in ("validation", "test"))
     with quiet_tfds():
-        folders = build_shapes_world(data_dir)
+        folders = build_shapes_world(data_dir, train=comparisons, validation=validation, test=test)
     environments = tuple(
         Environment(
             name,
             train=None if name == "neutral" else f"{folder}:train",
-            validation=f"{folder}:validation",
+            validation=f"{folder}:validation" if config.on == "validation" else None,
             test=f"{folder}:test",
         )
         for name, folder in folders.items()

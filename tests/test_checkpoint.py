@@ -175,6 +175,36 @@ def test_the_only_checkpoint_is_used_where_its_manifest_is_all_that_is_missing(t
     assert len(messages) == 2 and "passed over" in messages[0] and "is used, though" in messages[1]
 
 
+def test_what_was_being_deleted_is_never_used(three, tmp_path, monkeypatch) -> None:
+    """Killed while it deleted the older checkpoint, whose manifest went first; the newer one is damaged later."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "1")
+    config = dataclasses.replace(KEEP_ALL, keep_last=1)
+
+    def killed(self: object, step: int) -> None:
+        (tmp_path / str(step) / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.v1.training.Checkpointer.delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, {4: None}, config)
+    assert {"2", "2.deleting"} <= set(listed(tmp_path))
+    for step in (3, 4):
+        flip(tmp_path / str(step))
+    messages: list[str] = []
+    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
+        Checkpoints(tmp_path).latest(messages.append)
+    assert messages[-1].endswith("checkpoint 2 is passed over: its deletion was begun") and len(messages) == 3
+    with pytest.raises(CheckpointError, match="checkpoint 2 is damaged: its deletion was begun"):
+        Checkpoints(tmp_path).check(2)
+    save(tmp_path, {5: None}, config)  # goes on deleting
+    assert listed(tmp_path) == ["5"]
+    (tmp_path / "6.deleting").touch()  # deleted, but for the mark
+    save(tmp_path, {6: None}, config)
+    assert listed(tmp_path) == ["6"] and Checkpoints(tmp_path).latest() == 6
+
+
 def test_a_step_that_is_asked_for_must_be_there_and_whole(three, tmp_path) -> None:
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     flip(tmp_path / "2")

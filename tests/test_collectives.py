@@ -65,6 +65,12 @@ def sides(shape: Shape) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n > 1))
 
 
+def shards(shapes: set[Shape], ways: int) -> set[Shape]:
+    """What a device holds of each, whichever side is split."""
+    split = [((*s[:i], s[i] // ways, *s[i + 1 :]), s[i]) for s in shapes for i in range(len(s))]
+    return {sides(shape) for shape, side in split if side % ways == 0}
+
+
 def parameters(lora: LoraConfig = LoraConfig()) -> tuple[nnx.State, nnx.State]:
     """(all parameters of the primary branch, those of them that are trained), of a shortcut-aware run."""
     params = abstract_model(MODEL)[1]
@@ -110,6 +116,22 @@ def test_tensor_parallel_devices_exchange_activations_of_their_own_groups(lora) 
     assert len(joined) == 4 and all(s[-1] == MODEL.decoder.width for s in joined)
     assert {sides(s) for kind, s in found if kind == "all-gather" and len(s) < 3} <= params
     assert {sides(s) for kind, s in found if kind == "all-reduce" and len(s) < 3 and math.prod(s) > SMALL} <= gradients
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=3)], ids=["full", "lora"])
+def test_data_fsdp_and_tensor_parallel_devices_exchange_no_more_than_each(lora) -> None:
+    mesh = MeshConfig(2, 2, 2)
+    found = list(collectives(compile_train_step(MODEL, TrainConfig(mesh=mesh, lora=lora), batch()).as_text()))
+    params, gradients = (layer_shapes(part, mesh) for part in parameters(lora))
+    assert {s[0] for _, s in found if len(s) > 2} == {GROUPS // 4}
+    assert {sides(s) for kind, s in found if kind == "all-gather" and len(s) < 3} <= params
+    summed = {sides(s) for kind, s in found if kind == "all-reduce" and len(s) < 3 and math.prod(s) > SMALL}
+    assert summed <= gradients | shards(gradients, mesh.fsdp)
+    # Shards of the patch kernel and of adapters may go where the order of devices wants them before they are gathered.
+    patch = {(3 * MODEL.vision.patch_size**2, MODEL.vision.width)}
+    adapters = {shape for shape in gradients if lora.rank in shape}
+    assert {sides(s) for kind, s in found if kind == "collective-permute"} <= shards(patch | adapters, mesh.fsdp)
+    assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "collective-permute"}
 
 
 def test_the_program_does_not_grow_with_depth() -> None:

@@ -209,6 +209,8 @@ def test_every_mesh_and_micro_batching_is_a_candidate() -> None:
         (4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4),
     }  # fmt: skip
     assert all(m.data * m.fsdp * m.tensor == 256 and m.tensor <= 8 for m in meshes(256))
+    assert MeshConfig(2, 3, 1) in list(meshes(6)) and MeshConfig(1, 2, 3) in list(meshes(6))
+    assert [micro for mesh, micro in candidates(job(batch_size=24)) if mesh == MeshConfig(4, 2, 1)] == [1, 3]
     tried = list(candidates(job(batch_size=16)))
     assert len(tried) == len(set(tried))
     assert {micro for mesh, micro in tried if mesh == MeshConfig(8, 1, 1)} == {1, 2}

@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from commands import FAST, run, write_pairs
 from tiny_models import MODEL, is_response, make_batch, random_group
 
 from mmrm_jax.eval.profile import count_tokens
-from mmrm_jax.eval.profile_trace import part_of, scopes
+from mmrm_jax.eval.profile_trace import Time, part_of, read_trace, scopes
 from mmrm_jax.plan.hardware import CHIPS, find_chip
 
 HLO = """
@@ -41,6 +42,36 @@ def test_instructions_and_where_they_come_from() -> None:
 )
 def test_parts_and_kinds(scope: str, part: tuple[str, str]) -> None:
     assert part_of(scope) == part
+
+
+def xspace(programs: dict[int, dict[str, int]]) -> bytes:
+    """A trace of one thread: the microseconds of operations by program."""
+    names = sorted({name for operations in programs.values() for name in operations})
+    metadata = [f'stat_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for i, name in enumerate(names, 10)]
+    events = [
+        f"events {{ duration_ps: {us * 10**6} stats {{ metadata_id: 1 ref_value: {names.index(name) + 10} }}"
+        f" stats {{ metadata_id: 2 uint64_value: {program} }} }}"
+        for program, operations in programs.items()
+        for name, us in operations.items()
+    ]
+    named = [
+        f'stat_metadata {{ key: {i} value {{ id: {i} name: "{n}" }} }}' for i, n in ((1, "hlo_op"), (2, "program_id"))
+    ]
+    text = "planes { lines { " + " ".join(events) + " } " + " ".join(named + metadata) + " }"
+    return jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+
+
+def test_only_the_traced_step_is_told_apart_by_parts(tmp_path) -> None:
+    """A step of another shape, and evaluation, share names of operations with it, and have others."""
+    file = tmp_path / "a.xplane.pb"
+    step, evaluation = {"dot.3": 5, "fusion.1": 2}, {"dot.3": 40, "reduce.9": 1}
+    file.write_bytes(xspace({7: step, 8: evaluation, 9: {"dot.3": 30, "fusion.1": 9, "fusion.2": 1}}))
+    assert read_trace(file, scopes(HLO)) == [
+        Time("decoder", "matrix products, forward", pytest.approx(5e-6)),
+        Time("optimizer", "all", pytest.approx(2e-6)),
+    ]
+    file.write_bytes(xspace({8: evaluation}))
+    assert read_trace(file, scopes(HLO)) == []
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 STEPS = 48
 OPTIONS = (
     *("--steps", STEPS, "--batch-size", 8, "--eval-batch-size", 8, "--log-every", 2, "--checkpoint-every", 3),
-    *("--eval-every", 12, "--data.buckets", 1, "--optimizer.learning-rate", 1e-3),
+    *("--eval-every", 12, "--data.buckets", 2, "--optimizer.learning-rate", 1e-3),
     *("--data.augment.mirror", "--data.augment.brightness", 0.1),
 )
 
@@ -60,7 +60,13 @@ def finish(process: ForkServerProcess, seconds: float = 120) -> int | None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("data"), "a", 40)
+    """Forty pairs, every other one with a long prompt: batches of two shapes."""
+    file = write_pairs(tmp_path_factory.mktemp("data"), "a", 40)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["prompt"] *= 12
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 @pytest.fixture(scope="module")

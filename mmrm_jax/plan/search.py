@@ -85,23 +85,25 @@ class Candidate:
 
 
 def meshes(devices: int) -> Iterator[MeshConfig]:
-    """Every (data, fsdp, tensor) of powers of two over the devices, with up to 8-way tensor parallelism."""
-    powers = [2**i for i in range(devices.bit_length())]
-    for tensor in (t for t in powers if t <= 8 and devices % t == 0):
-        for fsdp in (f for f in powers if devices // tensor % f == 0):
+    """Every (data, fsdp, tensor) over the devices with up to 8-way tensor parallelism."""
+    for tensor in (t for t in divisors(devices) if t <= 8):
+        for fsdp in divisors(devices // tensor):
             yield MeshConfig(devices // tensor // fsdp, fsdp, tensor)
 
 
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def candidates(job: Job) -> Iterator[tuple[MeshConfig, int]]:
-    """All meshes, each with every power of two of micro-batches that leaves a whole number of groups to each device.
+    """All meshes, each with every number of micro-batches that leaves a whole number of groups to each device.
 
     A mesh that no number suits comes once, so that the table can say why.
     """
     for mesh in meshes(job.topology.devices):
         ways = mesh.data * mesh.fsdp
-        counts = [2**i for i in range(job.config.batch_size.bit_length())]
-        fitting = [m for m in counts if job.config.batch_size % (m * ways) == 0]
-        for m in fitting or [1]:
+        for m in divisors(job.config.batch_size // ways) if job.config.batch_size % ways == 0 else [1]:
             yield mesh, m
 
 

@@ -67,6 +67,15 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
 
+    def _mark(self, step: int) -> Path:
+        """A file that is there while the step's folder is being deleted, which takes more than a moment."""
+        return self.directory / f"{step}.deleting"
+
+    def _damage(self, step: int) -> str | None:
+        if self._mark(step).exists():
+            return "its deletion was begun"
+        return damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+
     def latest(self, warn: Warn = warnings.warn) -> int | None:
         """The step of the newest checkpoint that is whole, after reading it; None where there is none at all.
 
@@ -75,13 +84,13 @@ class Checkpoints:
         """
         problems = {}
         for step in sorted(self._metrics, reverse=True):
-            found = damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+            found = self._damage(step)
             if not any_process(found is not None):
                 return step
             problems[step] = found or "another process found it damaged"
             warn(f"{self.directory}: checkpoint {step} is passed over: {problems[step]}")
         for step in problems:
-            if not any_process(read_manifest(self._folder(step)) is not None):
+            if not any_process(self._mark(step).exists() or read_manifest(self._folder(step)) is not None):
                 warn(f"{self.directory}: checkpoint {step} is used, though its checksums are missing")
                 return step
         if problems:
@@ -93,7 +102,7 @@ class Checkpoints:
         if step not in self._metrics:
             known = ", ".join(map(str, sorted(self._metrics))) or "none"
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {known}")
-        found = damage(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+        found = self._damage(step)
         if any_process(found is not None):
             raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged: {found or 'see another process'}")
 
@@ -110,6 +119,7 @@ class Checkpoints:
         `pending` are JSON values to go with it; `metrics` is what was measured there, of which `best_metric` ranks it.
         """
         self._settle()
+        self._unmark(step)
         # Unless forced, Orbax leaves out a checkpoint, even the last, while it is busy with the one before.
         response = self._checkpointer.save_checkpointables_async(
             step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": list(pending)}
@@ -131,8 +141,15 @@ class Checkpoints:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
+        if is_main():
+            self._mark(step).touch()
         self._checkpointer.delete(step)
+        self._unmark(step)
         del self._metrics[step]
+
+    def _unmark(self, step: int) -> None:
+        if is_main():
+            self._mark(step).unlink(missing_ok=True)
 
     def discard_after(self, step: int) -> None:
         """Delete checkpoints newer than `step`: those of a run that starts again from there."""

@@ -34,6 +34,7 @@ class Group:
 
     `image` is a file path, the encoded bytes themselves, or None for a text-only record. `file` and `row`
     (1-based) say where the record came from, for error messages; `image_name` is the path as the record gives it.
+    `joined` has (file, row, id) of each record where several were made one group.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Group:
     file: str
     row: int
     image_name: str | None = dataclasses.field(default=None, compare=False)
+    joined: tuple[tuple[str, int, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

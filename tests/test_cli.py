@@ -17,6 +17,7 @@ from PIL import Image
 import mmrm_jax
 from mmrm_jax import cli
 from mmrm_jax.config import Environment, MatrixConfig, to_json
+from mmrm_jax.eval import single
 from mmrm_jax.eval.matrix import FREE
 from mmrm_jax.eval.matrix_data import fingerprints, open_data, set_names
 from mmrm_jax.tiny import MODEL_DIR
@@ -87,7 +88,7 @@ def test_a_file_without_comparisons_is_a_clear_error(capsys, tmp_path, rows, rea
     out, known = tmp_path / "o", tmp_path / "o" / "quarantine.jsonl"
     status, text = run(capsys, "train", "--data", file, "--out", out, "--data.holdout", "0")
     assert status == 2 and reason in text and "d.jsonl" in text
-    assert known.exists() == (f"all of them: {known}" in text) == bool(rows and "responses" not in rows)
+    assert known.exists() == (f"all of them: {known}" in text) == bool(rows)
 
 
 def test_a_missing_model_folder_is_named(capsys, tmp_path):
@@ -128,7 +129,7 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     bad, before = tmp_path / "bad.jsonl", (out / "quarantine.jsonl").read_bytes()
     bad.write_text("{broken\n")
     for command, name in (
-        (("evaluate", "--run", out, "--data", bad), "quarantine-bad.jsonl"),
+        (("evaluate", "--run", out, "--data", bad), single.quarantine_name(str(bad))),
         ((*train, "--data", bad), "quarantine-refused.jsonl"),  # the run keeps its own record
     ):
         status, text = run(capsys, *command)
@@ -150,9 +151,9 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
         rows.append({k: v for k, v in row.items() if k != "test"})
     assert rows[0] == rows[1]
     assert {f.name for f in out.glob("quarantine-*.jsonl")} == {
-        "quarantine-train.jsonl",
-        "quarantine-prepared-train.jsonl",
+        single.quarantine_name(str(data)) for data in (file, f"{tmp_path / 'prepared'}:train")
     }
+    assert single.quarantine_name("a/test.jsonl") != single.quarantine_name("b/test.jsonl")
 
 
 def test_matrix_on_files_with_bad_rows_and_resume(capsys, tmp_path):

@@ -10,9 +10,10 @@ from PIL import Image
 from rich.console import Console
 from tiny_models import flat, relative_errors
 
-from mmrm_jax.config import TrainConfig
+from mmrm_jax.config import DataConfig, TrainConfig
 from mmrm_jax.data.join import join_groups, join_rows
 from mmrm_jax.data.pipeline import MakeBatch, buckets_for, index_source
+from mmrm_jax.data.records import read_quarantine
 from mmrm_jax.data.sources import open_source
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.program import build_program
@@ -67,6 +68,35 @@ def test_rows_of_one_image_and_prompt_are_one_group(rows, checkpoint, cache):
     assert [len(joined.encode(i).comparisons) for i in range(3)] == [4, 2, 1]
     two = join_rows(data, 2)
     assert [two.group(i).id for i in range(len(two))] == ["0, 2", "1, 4", "3, 5", "6"]
+
+
+@pytest.mark.parametrize("most", [1, 9])
+def test_every_row_of_an_image_that_does_not_decode_is_reported(rows, checkpoint, tmp_path, most):
+    groups = list(rows.groups)
+    # Its header is whole: that it is damaged is met while training.
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    for i in (0, 2, 3):
+        groups[i] = dataclasses.replace(groups[i], image=tmp_path / "cut.png")
+    data, _ = index_source(dataclasses.replace(rows, groups=tuple(groups)), checkpoint.processor, VIEWS, cache=False)
+    data = data if most == 1 else join_rows(data, most)
+    MakeBatch(data, buckets_for([data], 1), 8, quarantine=tmp_path / "bad.jsonl")(np.arange(len(data)))
+    bad = read_quarantine(tmp_path / "bad.jsonl")
+    assert [(q.row, q.id) for q in bad] == [(1, "0"), (3, "2"), (4, "3")]
+    assert all("cut.png" in q.reason for q in bad)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_row_without_a_comparison_is_quarantined(rows, checkpoint, cache):
+    groups = list(rows.groups)
+    groups[1] = dataclasses.replace(groups[1], comparisons=())
+    config = TrainConfig(data=DataConfig(cache=cache))
+    source = dataclasses.replace(rows, groups=tuple(groups))
+    data, quarantined = encode(source, checkpoint, VIEWS, config, name="rows", console=Console(quiet=True))
+    assert [(q.row, q.reason.split(":")[0]) for q in quarantined] == [(2, "no comparison")]
+    found = [data.encode(i) for i in range(len(data))]
+    assert [e.index for e in found] == list(range(len(rows.groups) - 1))
+    assert [data.group(i).id for i in range(len(data))] == [g.id for g in groups if g.comparisons]
+    assert tuple(e.shape for e in found) == data.shapes
 
 
 def test_a_row_that_does_not_fit_is_left_out_alone(rows, checkpoint):

@@ -22,6 +22,7 @@ from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
+from mmrm_jax.train.interval import Interval
 from mmrm_jax.train.loop import TrainingError, resume, train
 from mmrm_jax.train.preemption import PREEMPTED, Preempted
 from mmrm_jax.train.program import Program, build_program
@@ -370,3 +371,15 @@ def test_another_runs_directory_is_refused(tmp_path):
 )
 def test_no_group_is_left_out_of_an_epoch(groups, epochs, steps):
     assert training_steps(dataclasses.replace(CONFIG, steps=None, epochs=epochs, batch_size=128), groups) == steps
+
+
+def test_an_interval_weighs_steps_by_their_comparisons() -> None:
+    names = ("primary/loss", "primary/accuracy", "comparisons", "decided", "grad_norm", "sfc/histogram")
+    steps = [(0.25, 0.0, 8, 0, 1.0, [8, 0]), (0.5, 0.75, 48, 40, 2.0, [40, 8]), (1.0, 0.25, 8, 8, 3.0, [0, 8])]
+    metrics = [{n: np.asarray(v, np.float32).tolist() for n, v in zip(names, step)} for step in steps]
+    entry = Interval(metrics).close()
+    assert entry["primary/loss"] == pytest.approx((8 * 0.25 + 48 * 0.5 + 8 * 1.0) / 64)
+    assert entry["primary/accuracy"] == pytest.approx((40 * 0.75 + 8 * 0.25) / 48)
+    assert (entry["comparisons"], entry["decided"], entry["grad_norm"]) == (64, 48, 2.0)
+    assert entry["sfc/histogram"] == [48, 16]
+    assert Interval(metrics[:1]).close()["primary/accuracy"] is None  # ties alone

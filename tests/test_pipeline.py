@@ -344,10 +344,10 @@ def test_the_processor_reads_its_checkpoint(processor, tmp_path):
     config = {"template": "chatml-plain", "vision_config": {"image_size": 32}, "max_dynamic_patch": 12}
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = Processor.from_pretrained(tmp_path, 4)
-    assert read.preprocessing == Preprocessing(32, 1, 12, use_thumbnail=True, dynamic=True)
+    assert read.preprocessing == Preprocessing(32, 1, 12, use_thumbnail=False, dynamic=False)
     assert read.max_length == 4096
-    config |= {"force_image_size": 48, "min_dynamic_patch": 2, "use_thumbnail": False, "dynamic_image_size": False}
+    config |= {"force_image_size": 48, "min_dynamic_patch": 2, "use_thumbnail": True, "dynamic_image_size": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = Processor.from_pretrained(tmp_path, 4, max_length=64, max_tiles=3)
-    assert read.preprocessing == Preprocessing(48, 2, 3, use_thumbnail=False, dynamic=False)
+    assert read.preprocessing == Preprocessing(48, 2, 3, use_thumbnail=True, dynamic=True)
     assert read.max_length == 64

@@ -17,7 +17,7 @@ from tiny_models import MODEL
 from mmrm_jax.config import DataConfig, DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, has_libtpu
 from mmrm_jax.plan.costs import Part, Product, train_costs
-from mmrm_jax.plan.estimate import device_bytes, estimate_collectives, saved_activations
+from mmrm_jax.plan.estimate import cast_bytes, device_bytes, estimate_collectives, saved_activations
 from mmrm_jax.plan.hardware import CHIPS, Topology, parse_topology
 from mmrm_jax.plan.hlo import by_kind
 from mmrm_jax.plan.run import find_model
@@ -81,7 +81,20 @@ def test_costs_scale_with_depth_batch_and_devices() -> None:
     assert costs(batch_size=16).model_flops == 2 * costs().model_flops
     assert costs(micro_batches=2).model_flops == costs().model_flops
     assert costs(micro_batches=2).device_bytes > costs().device_bytes  # weights are read once more
-    assert costs().model_flops / 4 < costs().device_flops < costs().model_flops / 2  # the projector is not split
+    assert costs().model_flops / 4 < costs().device_flops < costs().model_flops / 2  # patches are not split
+
+
+def test_products_in_float32_run_at_half_the_peak_on_gpus_alone() -> None:
+    for name, share in (("h100", 0.5), ("h200", 0.5), ("v5e", 1.0), ("v5p", 1.0), ("v6e", 1.0)):
+        assert CHIPS[name].peak_in("float32") == share * CHIPS[name].peak_in("bfloat16") == share * CHIPS[name].peak
+
+
+def test_what_is_of_the_compute_dtype_is_not_copied() -> None:
+    shard = jax.sharding.NamedSharding(abstract_mesh(MeshConfig(1, 8, 1), ONE_HOST), jax.sharding.PartitionSpec("fsdp"))
+    wide, half = (jax.ShapeDtypeStruct((16, 4), dtype, sharding=shard) for dtype in ("float32", "bfloat16"))
+    assert cast_bytes({"a": wide, "b": half}, "bfloat16") == 2 * 4 * 2
+    assert cast_bytes({"a": wide, "b": half}, "float32") == 2 * 4 * 4
+    assert cast_bytes({"b": half}, "bfloat16") == 0
 
 
 def test_flash_attention_skips_what_is_masked_and_computes_scores_again() -> None:

@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer, TextError, common_prefix, encode_texts
+from mmrm_jax.data.tokenizer import TOKENIZER_FILES
+from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.tiny.tokenizer import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 V = 4  # visual tokens per tile
@@ -198,6 +200,19 @@ def test_a_very_long_prompt(chat):
     assert prompt in chat.tokenizer.decode(tokens.tolist())
     with pytest.raises(TextError):
         encode_texts(chat, prompt, ["yes", "no"], 1, VIEWS, 4096)
+
+
+def test_files_of_another_tokenizer_do_not_stay(chat, tmp_path):
+    for name in TOKENIZER_FILES:
+        (tmp_path / name).write_text("another")
+    chat.save(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json"}
+    (tmp_path / "vocab.json").write_text("another")
+    again = ChatTokenizer.from_pretrained(MODEL_DIR, 4)
+    again.save(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in MODEL_DIR.iterdir()} & set(TOKENIZER_FILES)
+    again.save(MODEL_DIR)  # onto itself
+    assert ChatTokenizer.from_pretrained(tmp_path, 4, chat.template).tokenizer.to_str() == again.tokenizer.to_str()
 
 
 def test_a_checkpoint_names_its_template_and_brings_its_tokenizer(chat, tmp_path):

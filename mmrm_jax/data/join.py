@@ -27,7 +27,7 @@ class JoinedSource:
 
 def join_groups(groups: Sequence[Group]) -> Group:
     """One group with every response once and all comparisons, in order; `file` and `row` are the first's, the ids
-    follow one another. All must share prompt, image and environment."""
+    follow one another, and `joined` has them all. All must share prompt, image and environment."""
     responses = tuple(dict.fromkeys(response for group in groups for response in group.responses))
     place = {response: i for i, response in enumerate(responses)}
     comparisons = tuple(
@@ -36,7 +36,8 @@ def join_groups(groups: Sequence[Group]) -> Group:
         for c in group.comparisons
     )
     name = ", ".join(dict.fromkeys(group.id for group in groups))
-    return dataclasses.replace(groups[0], id=name, responses=responses, comparisons=comparisons)
+    rows = tuple((group.file, group.row, group.id) for group in groups)
+    return dataclasses.replace(groups[0], id=name, responses=responses, comparisons=comparisons, joined=rows)
 
 
 def join_rows(data: EncodedSource, most: int) -> EncodedSource:

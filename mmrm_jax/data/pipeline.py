@@ -83,6 +83,17 @@ class EncodedSource:
             group = self.group(index)
             return Quarantined(group.file, group.row, str(error), group.id)
 
+    def each_row(self, index: int, problem: Quarantined) -> list[Quarantined]:
+        """An entry for every record that the group at `index` was made of, where `encode` gave `problem`."""
+        rows = self.group(index).joined
+        return [dataclasses.replace(problem, file=f, row=r, id=i) for f, r, i in rows] or [problem]
+
+    def only(self, indices: Sequence[int]) -> EncodedSource:
+        """These groups alone, numbered anew."""
+        cache = {new: dataclasses.replace(self.cache[i], index=new) for new, i in enumerate(indices) if i in self.cache}
+        kept, shapes = (tuple(values[i] for i in indices) for values in (self.kept, self.shapes))
+        return dataclasses.replace(self, kept=kept, shapes=shapes, cache=cache)
+
     def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""
         try:
@@ -248,9 +259,9 @@ class MakeBatch:
         return self._collate(positions, encode)
 
     def _collate(self, positions: np.ndarray, encode: Callable[[int], EncodedGroup | Quarantined]) -> Batch:
-        encoded = [encode(int(p)) for p in positions[self.share :: self.shares]]
-        groups = [e for e in encoded if isinstance(e, EncodedGroup)]
-        bad = [e for e in encoded if isinstance(e, Quarantined)]
+        encoded = [(int(p), encode(int(p))) for p in positions[self.share :: self.shares]]
+        groups = [e for _, e in encoded if isinstance(e, EncodedGroup)]
+        bad = [entry for p, e in encoded if isinstance(e, Quarantined) for entry in self.data.each_row(p, e)]
         if self.strict:
             raise_first(bad)
         if self.quarantine is not None:

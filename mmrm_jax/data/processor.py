@@ -142,8 +142,8 @@ def read_preprocessing(path: Path, visual_tokens_per_tile: int) -> Preprocessing
             image_size=config.get("force_image_size") or config["vision_config"]["image_size"],
             min_tiles=config.get("min_dynamic_patch", 1),
             max_tiles=config.get("max_dynamic_patch", 6),
-            use_thumbnail=config.get("use_thumbnail", True),
-            dynamic=config.get("dynamic_image_size", True),
+            use_thumbnail=config.get("use_thumbnail", False),  # these two as InternVLChatConfig has them
+            dynamic=config.get("dynamic_image_size", False),
             **normalisation,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -89,18 +89,20 @@ class ChatTokenizer:
     def save(self, path: Path) -> None:
         """Write what `from_pretrained` reads: the files the tokenizer came from, or `tokenizer.json` where it is new.
 
-        Raises ValueError where those files are gone.
+        Files of another tokenizer there are deleted. Raises ValueError where the files it came from are gone.
         """
         path.mkdir(parents=True, exist_ok=True)
+        own = {"tokenizer.json"} if self.source is None else {n for n in TOKENIZER_FILES if (self.source / n).exists()}
+        for name in set(TOKENIZER_FILES) - own if own else ():
+            (path / name).unlink(missing_ok=True)
         if self.source is None:
             self.tokenizer.save(str(path / "tokenizer.json"))
             return
-        files = [self.source / name for name in TOKENIZER_FILES if (self.source / name).exists()]
-        if not files:
+        if not own:
             raise ValueError(f"{self.source} no longer holds the tokenizer that was read from it")
-        for file in files:
-            if file.resolve() != (path / file.name).resolve():
-                shutil.copyfile(file, path / file.name)
+        for name in own:
+            if (self.source / name).resolve() != (path / name).resolve():
+                shutil.copyfile(self.source / name, path / name)
 
     def special_id(self, token: str) -> int:
         """The id of a special token; raises ValueError where the vocabulary has none."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmrm_jax.data.folder import read_object, write_object
 from mmrm_jax.data.templates import IMAGE_CONTEXT
-from mmrm_jax.eval.companions import companion_files, missing_code
+from mmrm_jax.eval.companions import COMPANIONS, companion_files, missing_code
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.models.hf.config import config_to_hf, config_to_native
 from mmrm_jax.models.hf.names import PROXY_PREFIX, CheckpointLayout, checkpoint_layout
@@ -61,6 +61,8 @@ def export_run(
     files = companion_files(checkpoint, hf, same=after == before, layout=after)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.processor.save(out)
+    for name in set(COMPANIONS) - set(files):  # of an export that was broken off
+        (out / name).unlink(missing_ok=True)
     for name, content in files.items():
         (out / name).write_bytes(content)
     save_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -242,7 +243,7 @@ def evaluate_run(
     saved = read_run(run)
     config, checkpoint, program = saved.config, saved.checkpoint, saved.program
     views = merged_views([find_objective(config.objective)], config)
-    quarantine = run / f"quarantine-{_stem(spec)}.jsonl"
+    quarantine = run / quarantine_name(spec)
     with keep_quarantine(quarantine):
         source, quarantined = open_spec(spec, Path(), image_root)
         data, bad = encode(source, checkpoint, views, config, name=spec, console=console)
@@ -280,10 +281,11 @@ def evaluate_run(
     return {"row": row, "quarantined": unusable, "step": step, "steps": saved.steps, "finished": step >= saved.steps}
 
 
-def _stem(spec: str) -> str:
-    """The name of a data set as a part of a file name."""
+def quarantine_name(spec: str) -> str:
+    """The file for what an evaluation could not use: what the data set is called, and a digest of where it lies."""
     name = Path(spec).name
-    return re.sub(r"[^\w.-]+", "-", name if ":" in name else Path(spec).stem).strip("-")
+    called = re.sub(r"[^\w.-]+", "-", name if ":" in name else Path(spec).stem).strip("-")
+    return f"quarantine-{called}-{hashlib.sha256(str(Path(spec).resolve()).encode()).hexdigest()[:8]}.jsonl"
 
 
 def _print(row: dict[str, Any], console: Console) -> None:

@@ -127,8 +127,8 @@ def projector_products(model: ModelConfig, tiles: int) -> tuple[Product, ...]:
     width, tokens = model.decoder.width, tiles * model.visual_tokens_per_tile
     inner = int(model.vision.width / model.downsample_ratio**2)
     return (
-        Product(tokens, inner, width, tensor=False),
-        Product(tokens, width, width, tensor=False),
+        Product(tokens, inner, width),
+        Product(tokens, width, width),
     )
 
 

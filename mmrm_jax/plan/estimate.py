@@ -89,6 +89,12 @@ def device_bytes(tree: PyTree) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
+def cast_bytes(tree: PyTree, dtype: str) -> float:
+    """What one device holds of a copy in `dtype` of those arrays that are not of it."""
+    others = [x for x in jax.tree.leaves(tree) if x.dtype != jnp.dtype(dtype)]
+    return sum(device_bytes(x) / x.dtype.itemsize for x in others) * jnp.dtype(dtype).itemsize
+
+
 def estimate_memory(
     program: Program,
     batch: Batch,
@@ -111,7 +117,7 @@ def estimate_memory(
     d, tensor = model.decoder, sizes["tensor"]
     groups = config.batch_size / config.micro_batches / (sizes["data"] * sizes["fsdp"])
     gradients = parameters * (2 if config.micro_batches > 1 else 1)
-    casts = 0.0 if itemsize == 4 else (parameters + frozen) * itemsize / 4
+    casts = sum(cast_bytes(tree, config.compute_dtype) for tree in (state.params, state.frozen))
     layer = (2 * d.width * (d.num_heads + d.num_kv_heads) * d.head_width + 3 * d.width * d.mlp_width) / tensor
     gathered = 0.0 if sizes["fsdp"] == 1 else (2 * layer + 2 * d.vocab_size * d.width / tensor) * itemsize
     prefix = max(shape.prefix_of(view, model) for view in program.views.values())

@@ -19,6 +19,8 @@ class Chip:
         hbm_bandwidth: Bytes/s between it and the cores.
         link_bandwidth: Bytes/s that a device receives in a ring collective: of a TPU both neighbours on one axis of
             the torus, of a GPU one direction of NVLink. Collectives over several axes of a torus can be faster.
+        float32: How fast float32 products are by default, as a share of `peak`: 1 on TPUs, which round to bfloat16, and
+            1/2 on GPUs, which round to TF32.
         usable: Share of the memory that a program gets: of a GPU what XLA_PYTHON_CLIENT_MEM_FRACTION tells JAX to
             take, which is 0.75 unless it is set; of a TPU all, and its compiler knows better.
     """
@@ -28,7 +30,12 @@ class Chip:
     hbm: float
     hbm_bandwidth: float
     link_bandwidth: float
+    float32: float = 1.0
     usable: float = 1.0
+
+    def peak_in(self, dtype: str) -> float:
+        """Dense FLOP/s of products of this dtype, "float32" or "bfloat16"."""
+        return self.peak * (self.float32 if dtype == "float32" else 1.0)
 
     @property
     def room(self) -> float:
@@ -48,8 +55,8 @@ CHIPS: Mapping[str, Chip] = {
         Chip("v5e", 197e12, 16e9, 819e9, 90e9),
         Chip("v5p", 459e12, 95e9, 2765e9, 180e9),
         Chip("v6e", 918e12, 32e9, 1640e9, 180e9),
-        Chip("h100", 989.5e12, 80e9, 3350e9, 450e9, GPU_SHARE),
-        Chip("h200", 989.5e12, 141e9, 4800e9, 450e9, GPU_SHARE),
+        Chip("h100", 989.5e12, 80e9, 3350e9, 450e9, 0.5, GPU_SHARE),
+        Chip("h200", 989.5e12, 141e9, 4800e9, 450e9, 0.5, GPU_SHARE),
     )
 }
 

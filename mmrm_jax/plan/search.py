@@ -232,6 +232,7 @@ def _timed(job: Job, program: Program, row: Candidate, memory: Memory, collectiv
         flash=job.topology.flash,
     )
     moved = sum(c.moved for c in collectives)
-    times = Times(costs.device_flops / chip.peak, costs.device_bytes / chip.hbm_bandwidth, moved / chip.link_bandwidth)
-    mfu = costs.model_flops / (times.step * chip.peak * job.topology.devices)
+    peak = chip.peak_in(job.config.compute_dtype)
+    times = Times(costs.device_flops / peak, costs.device_bytes / chip.hbm_bandwidth, moved / chip.link_bandwidth)
+    mfu = costs.model_flops / (times.step * peak * job.topology.devices)
     return dataclasses.replace(row, memory=memory, costs=costs, collectives=tuple(collectives), times=times, mfu=mfu)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+COUNTS = ("comparisons", "decided")  # what a step's means are taken over
+
 
 class NonFinite(Exception):
     """A metric of `step` is not finite; `groups` is the batch's `group_index` on the mesh."""
@@ -49,10 +51,25 @@ class Interval:
         return [{name: value.tolist() for name, value in step.items()} for step in self._finished]
 
     def close(self) -> dict[str, Any]:
-        """Means over the finished steps, and an empty interval; histograms are added up."""
+        """Means over the comparisons of the finished steps, and an empty interval; counts are added up.
+
+        Accuracy is None where all comparisons are ties.
+        """
+        columns = {name: np.stack([step[name] for step in self._finished]) for name in self._finished[0]}
+        comparisons, decided = (columns[name].astype(np.float64) for name in COUNTS)
         entry: dict[str, Any] = {}
-        for name in self._finished[0]:
-            values = np.stack([step[name] for step in self._finished])
-            entry[name] = values.sum(axis=0).tolist() if name.endswith("histogram") else float(values.mean())
+        for name, values in columns.items():
+            if name in COUNTS:
+                entry[name] = int(values.sum())
+            elif name.endswith("histogram"):
+                entry[name] = values.sum(axis=0).tolist()
+            elif name == "grad_norm":
+                entry[name] = float(values.mean())
+            else:
+                entry[name] = _mean(values, decided if name.endswith("/accuracy") else comparisons)
         self._finished = []
         return entry
+
+
+def _mean(values: np.ndarray, counts: np.ndarray) -> float | None:
+    return float(np.average(values, weights=counts)) if counts.any() else None

@@ -210,21 +210,33 @@ def encode(
 ) -> tuple[EncodedSource, list[Quarantined]]:
     """Measure a source with a progress bar, and make up to `join` rows of one image and prompt one group.
 
-    In strict mode the first unusable group raises DataError.
+    A group without a comparison is quarantined. In strict mode the first unusable group raises DataError.
     """
 
     def progress(indices: range) -> Any:
         return track(indices, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
 
     data, quarantined = index_source(source, checkpoint.processor, views, cache=config.data.cache, progress=progress)
+    data, uncompared = _compared(data)
+    quarantined += uncompared
     if config.strict:
         raise_first(quarantined)
     return (data if join == 1 else join_rows(data, join)), quarantined
 
 
+def _compared(data: EncodedSource) -> tuple[EncodedSource, list[Quarantined]]:
+    """The groups with comparisons, and the others as quarantined."""
+    compared = [i for i, shape in enumerate(data.shapes) if shape.comparisons]
+    if len(compared) == len(data):
+        return data, []
+    reason = "no comparison: it has responses and no preference among them, as for `mmrm score`"
+    others = (data.group(i) for i, shape in enumerate(data.shapes) if not shape.comparisons)
+    return data.only(compared), [Quarantined(group.file, group.row, reason, group.id) for group in others]
+
+
 def require_comparisons(data: EncodedSource, name: str, quarantined: Sequence[Quarantined]) -> None:
     """Raises DataError where there is nothing to train on or to evaluate; `quarantined` is what was left out of it."""
-    if any(shape.comparisons for shape in data.shapes):
+    if len(data):
         return
     reason = f"; first reason: {quarantined[0].reason}" if quarantined else ""
     raise DataError(

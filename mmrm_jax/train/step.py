@@ -88,7 +88,8 @@ def make_train_step(
     Drop path draws from the state's seed and step, so that a resumed run draws what an uninterrupted one does.
 
     The loss is the mean over all valid comparisons of the whole batch: micro-batches add up gradients of sums, and
-    one division by the total count follows. Metrics are means; "sfc/histogram" is counts.
+    one division by the total count follows. Metrics are means over "comparisons", accuracies over those of them that
+    are "decided" and not ties (0 where there is none); "sfc/histogram" is counts.
     """
 
     views = objective.views(proxy_input)
@@ -121,6 +122,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
+        metrics |= {"comparisons": sums["loss"][1], "decided": sums[f"{objective.scores}/accuracy"][1]}
         metrics["grad_norm"] = optax.tree.norm(grads)
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmrm_jax.tiny.mosaics import COLOURS, NAMES, PLACES, make_mosaic, make_mosaic_check
-from mmrm_jax.tiny.recipe import CONFIG, colours
+from mmrm_jax.tiny.recipe import CONFIG, colour_histograms, mean_colours
 
 
 def nearest(pixels: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_checks_are_yes_or_no():
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_colours_are_those_under_each_visual_token(version: Literal["v1", "v2"]) -> None:
+def test_mean_colours_are_those_under_each_visual_token(version: Literal["v1", "v2"]) -> None:
     """Read back from pictures that are grey but for one quarter of one patch."""
     config = dataclasses.replace(CONFIG, pixel_shuffle=version)
     side, patch = CONFIG.vision.image_size, CONFIG.vision.patch_size
@@ -65,9 +65,31 @@ def test_colours_are_those_under_each_visual_token(version: Literal["v1", "v2"])
         pixels = np.full((1, 2, side, side, 3), 128, np.uint8)
         half = patch // 2
         pixels[0, 1, row * half : (row + 1) * half, column * half : (column + 1) * half] = (255, 128, 64)
-        found = np.asarray(colours(jnp.asarray(pixels), config))
+        found = np.asarray(mean_colours(jnp.asarray(pixels), config))
         assert found.shape == (1, 2 * tokens**2, 3 * (quarters // tokens) ** 2)
         place = (row * tokens // quarters, column * tokens // quarters)
         token = place[0] * tokens + place[1] if version == "v2" else place[1] * tokens + place[0]
         np.testing.assert_allclose(np.sort(found[0, tokens**2 + token])[[0, -1]], [-1, 255 / 64 - 2])
         assert np.count_nonzero(found) == 2
+
+
+def test_histograms_are_those_under_each_visual_token() -> None:
+    """Pictures of one cell's colour but for the corner of one visual token."""
+    side, tokens = CONFIG.vision.image_size, CONFIG.visual_tokens_per_tile
+    across, area = int(tokens**0.5), int(side / tokens**0.5)
+    for token in range(tokens):
+        pixels = np.full((1, 2, side, side, 3), (32, 96, 224), np.uint8)
+        row, column = token // across * area, token % across * area
+        pixels[0, 1, row : row + area // 2, column : column + area // 2] = (128, 0, 255)  # half of two cells
+        want = np.zeros((2 * tokens, 64))
+        cell = 0 * 16 + 1 * 4 + 3
+        want[:, cell] = 1
+        want[tokens + token, cell] = 0.75**0.5
+        want[tokens + token, [1 * 16 + 3, 2 * 16 + 3]] = 0.125**0.5
+        np.testing.assert_allclose(np.asarray(colour_histograms(jnp.asarray(pixels), CONFIG))[0], 8 * want, atol=1e-5)
+
+
+def test_every_pixel_counts_once() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)
+    found = np.asarray(colour_histograms(jnp.asarray(pixels), CONFIG))
+    np.testing.assert_allclose((found**2).sum(-1), 64, rtol=1e-5)

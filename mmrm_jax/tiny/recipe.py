@@ -5,17 +5,21 @@
 trains the tokenizer, then vision tower, projector and decoder from scratch to answer questions about the scenes of the
 shapes world and about mosaics of many colours (next-token loss on the answers, tied LM head), and writes an InternVL
 chat checkpoint without a score head. Beside it a linear map, dropped afterwards, reads the picture's colours back from
-the visual tokens, so that they keep them. It never sees a preference. The same machine gives the same weights.
+the visual tokens, so that they keep them: where each is for three cycles, and then, for two, how much there is of each,
+which is what photos of many small things ask for. It never sees a preference. The same machine gives the same weights.
 
-The packaged model took 42 minutes on 2 busy cores. It prefers the right answer to 99.2 % of held-out questions, 83.2 %
-of checks of an answer and 77.7 % of checks of a mosaic.
+The packaged model took 71 minutes on 2 busy cores. It prefers the right answer to all 256 held-out questions, in 87.9 %
+of checks of an answer and 85.9 % of checks of a mosaic; after three cycles to 99.2, 83.2 and 77.7 %.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -58,13 +62,12 @@ QUESTIONS = 768  # held out, to watch
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Pretraining settings: `cycles` cosine cycles of `steps` steps, each with a fresh optimiser (warm restarts,
-    Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    """Pretraining settings: cosine cycles of `steps` steps, as many as READ_BACK says, each with a fresh optimiser
+    (warm restarts, Loshchilov & Hutter 2017, arXiv 1608.03983)."""
 
     out: Path
     captions: int = 60000
     steps: int = 6000
-    cycles: int = 3
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
@@ -92,14 +95,33 @@ def answer_window(batch: Batch, turn: int, header: int) -> tuple[np.ndarray, np.
     return positions, targets, positions >= starts[:, None] + header - 1
 
 
-def colours(pixels: UInt8[Array, "G T h w 3"], config: ModelConfig) -> Float[Array, "G TV C"]:
-    """What each visual token covers: the mean colours of the quarters of its patches, about zero and one apart."""
+def mean_colours(pixels: UInt8[Array, "G T h w 3"], config: ModelConfig) -> Float[Array, "G TV C"]:
+    """The mean colours of the quarters of the patches that each visual token covers, about zero and one apart."""
     side = config.vision.image_size // config.vision.patch_size
     g, t = pixels.shape[:2]
     quarters = pixels.reshape(g * t, side, 2, -1, side, 2, config.vision.patch_size // 2, 3).mean((3, 6)) / 64 - 2
     patches = quarters.transpose(0, 1, 3, 2, 4, 5).reshape(g * t, side, side, -1)
     shuffled = pixel_shuffle(patches, config.downsample_ratio, config.pixel_shuffle)
     return shuffled.reshape(g, t * config.visual_tokens_per_tile, -1)
+
+
+def colour_histograms(pixels: UInt8[Array, "G T h w 3"], config: ModelConfig) -> Float[Array, "G TV 64"]:
+    """Square roots of the shares that 4 x 4 x 4 cells of RGB have of what each visual token covers, times 8.
+
+    A value between the middles of two cells belongs to both, by how near it is to each. The mean squared difference of
+    two such histograms is twice the squared Hellinger distance.
+    """
+    tile, rows = config.vision.image_size, math.isqrt(config.visual_tokens_per_tile)
+    middles = jnp.arange(32.0, 256.0, 64.0)
+    values = jnp.clip(pixels.astype(jnp.float32), middles[0], middles[-1])[..., None]
+    red, green, blue = jnp.moveaxis(jnp.maximum(0.0, 1.0 - jnp.abs(values - middles) / 64), -2, 0)
+    cells = jnp.einsum("gthwr,gthwn,gthwb->gthwrnb", red, green, blue)
+    shares = cells.reshape(*pixels.shape[:2], rows, tile // rows, rows, tile // rows, 64).mean((3, 5))
+    return 8.0 * jnp.sqrt(shares.reshape(pixels.shape[0], -1, 64))
+
+
+# What is read back, its channels, and for how many cycles: where colours are, then which there are.
+READ_BACK: tuple[tuple[Callable[..., Array], int, int], ...] = ((mean_colours, 48, 3), (colour_histograms, 64, 2))
 
 
 def grounded(model: InternVL, batch: Batch) -> Float[Array, " G"]:
@@ -149,45 +171,46 @@ def pretrain(recipe: Recipe, processor: Processor) -> nnx.State:
 
     with nnx.use_eager_sharding(False):
         graphdef, params = nnx.split(InternVL(CONFIG, nnx.Rngs(recipe.seed)))
-    quarters = 4 * round(CONFIG.downsample_ratio**-2) * 3
-    trained = (params, jnp.zeros((CONFIG.decoder.width, quarters)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
-    def loss_fn(trained, batch, window):
+    def loss_fn(trained, batch, window, read_back):
         """Mean over answers of their mean next-token loss, plus the squared error of colours read back."""
         positions, targets, mask = window
         params, reader = trained
         model = nnx.merge(graphdef, params)
         pixels = batch.prefixes["primary"].pixels
-        error = model.visual_features(pixels, jnp.dtype("float32")) @ reader - colours(pixels, CONFIG)
+        error = model.visual_features(pixels, jnp.dtype("float32")) @ reader - read_back(pixels, CONFIG)
         hidden, _ = model(batch.prefixes["primary"], batch.responses, jnp.dtype("float32"))
         logits = jnp.take_along_axis(hidden, positions[..., None], axis=1) @ model.decoder.embedding[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         answers = jnp.mean(jnp.sum(losses * mask, axis=1) / jnp.sum(mask, axis=1))
         return answers + jnp.mean(error**2), (answers, jnp.mean(error**2))
 
-    @jax.jit
-    def step(trained, opt_state, batch, window):
-        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, batch, window)
+    @functools.partial(jax.jit, static_argnames="read_back")
+    def step(trained, opt_state, batch, window, read_back):
+        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, batch, window, read_back)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, losses
 
     evaluate = jax.jit(lambda params, batch: grounded(nnx.merge(graphdef, params), batch))
     rng = np.random.default_rng(recipe.seed)
     start = time.monotonic()
-    for cycle in range(recipe.cycles):
-        opt_state = optimizer.init(trained)
-        for i in range(1, recipe.steps + 1):
-            indices = rng.integers(len(data), size=recipe.batch_size)
-            trained, opt_state, (loss, error) = step(trained, opt_state, *batch(indices))
-            if i % 250 == 0:
-                right, seconds = np.asarray(evaluate(trained[0], test_batch)), time.monotonic() - start
-                names = ("answers", "checks", "mosaics")
-                scores = ", ".join(f"{name} {right[i::3].mean():.3f}" for i, name in enumerate(names))
-                losses = f"loss {loss:.4f}, colours {error:.4f}"
-                print(f"cycle {cycle + 1} step {i}: {losses}, {scores}, {seconds:.0f} s", flush=True)
-    return trained[0]
+    for read_back, channels, cycles in READ_BACK:
+        trained = (params, jnp.zeros((CONFIG.decoder.width, channels)))
+        for cycle in range(1, cycles + 1):
+            opt_state = optimizer.init(trained)
+            for i in range(1, recipe.steps + 1):
+                indices = rng.integers(len(data), size=recipe.batch_size)
+                trained, opt_state, (loss, error) = step(trained, opt_state, *batch(indices), read_back)
+                if i % 250 == 0:
+                    right, seconds = np.asarray(evaluate(trained[0], test_batch)), time.monotonic() - start
+                    names = ("answers", "checks", "mosaics")
+                    scores = ", ".join(f"{name} {right[i::3].mean():.3f}" for i, name in enumerate(names))
+                    losses = f"loss {loss:.4f}, {read_back.__name__} {error:.4f}"
+                    print(f"cycle {cycle} step {i}: {losses}, {scores}, {seconds:.0f} s", flush=True)
+        params = trained[0]
+    return params
 
 
 def main() -> None:

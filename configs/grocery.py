@@ -30,12 +30,12 @@ config = MatrixConfig(
         Environment("neutral", "train_neutral.jsonl", "test_neutral.jsonl"),
     ),
     train=TrainConfig(
-        batch_size=32,
+        batch_size=16,
         steps=900,
         freeze=(),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1.0),
         data=DataConfig(
-            holdout=0.1, buckets=3, max_tiles=4, augment=Augmentation(crop=0.5, mirror=True, brightness=0.1)
+            holdout=0.1, buckets=6, max_tiles=4, join=8, augment=Augmentation(crop=0.5, mirror=True, brightness=0.1)
         ),
     ),
 )

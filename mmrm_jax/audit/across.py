@@ -104,7 +104,7 @@ def _met(rows: Int[np.ndarray, "C J"], others: Int[np.ndarray, "D J"]) -> Bool[n
 def text_families(sets: csr_array) -> tuple[Int[np.ndarray, "texts"], Int[np.ndarray, "P 2"], Float[np.ndarray, "P"]]:
     """A number per text that near duplicates share, one to the next; and their pairs with similarities."""
     pairs, similarity = near_pairs(sets)
-    size = sets.shape[0]
+    size = sets.indptr.size - 1
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
     return connected_components(graph, directed=False)[1].astype(np.int64), pairs, similarity
 

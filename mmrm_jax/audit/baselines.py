@@ -1,9 +1,10 @@
 """What text alone gets right, on comparisons that were held out.
 
-Three baselines, none of which sees an image: the number of characters, the number of words, and a bag of words, which
-is a logistic regression on the difference of the two responses' TF-IDF vectors. It has no intercept, so that exchanging
-the responses turns the margin's sign: it is the Bradley-Terry fit of a reward that is linear in the words. What is held
-out is always whole units: nothing that shares an image with a test comparison was seen in training.
+Four baselines, none of which sees an image: the number of characters, the number of words, and two logistic regressions
+on the difference of the two responses, one on their styles and one, a bag of words, on their TF-IDF vectors. These have
+no intercept, so that exchanging the responses turns the margin's sign: each is the Bradley-Terry fit of a reward that
+is linear in the features. What is held out is always whole units: nothing that shares an image with a test comparison
+was seen in training.
 
 Where the same responses come back with other images, an estimate that knows them is one of these very texts, and can
 be biased: if each is chosen as often as it is rejected, what a fold takes away tips the rest the other way, and
@@ -32,8 +33,8 @@ MIN_COMPARISONS = 20  # fewer are not fitted, nor tested on
 _PENALTY = 1.0  # sklearn's C, its default
 
 
-def fit_words(differences: csr_array) -> Float[np.ndarray, "F"]:
-    """Weights of the n-grams, from rows chosen - rejected; 0 where there is nothing to fit.
+def fit_linear(differences: csr_array) -> Float[np.ndarray, "F"]:
+    """Weights of the features, from rows chosen - rejected; 0 where there is nothing to fit.
 
     Every second row is turned round, label and all, since sklearn wants two classes: the loss stays the same.
     """
@@ -46,11 +47,11 @@ def fit_words(differences: csr_array) -> Float[np.ndarray, "F"]:
     return np.asarray(model.fit(turned, label).coef_[0], np.float64)
 
 
-def held_out_words(differences: csr_array, fold: Int[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
-    """Margins of the bag of words, each from the other folds."""
+def held_out_linear(differences: csr_array, fold: Int[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
+    """Margins of the linear fit, each from the other folds."""
     margins = np.zeros(len(fold))
     for k in np.unique(fold):
-        weights = fit_words(csr_array(differences[np.flatnonzero(fold != k)]))
+        weights = fit_linear(csr_array(differences[np.flatnonzero(fold != k)]))
         margins[fold == k] = differences[np.flatnonzero(fold == k)] @ weights
     return margins
 
@@ -76,7 +77,7 @@ def held_out_texts(
         test = (low == i) & (high == j)
         train = ~np.isin(fold, (i, j)).any(axis=0) & ~np.isin(unit, unit[test])
         if test.any() and train.sum() >= MIN_COMPARISONS:
-            weights = fit_words(csr_array(differences[np.flatnonzero(train)]))
+            weights = fit_linear(csr_array(differences[np.flatnonzero(train)]))
             margins[test] = differences[np.flatnonzero(test)] @ weights
     return margins
 

@@ -17,10 +17,11 @@ _SHOWN = 3  # of each kind
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A comparison with the held-out margin of the bag of words; `image` is encoded bytes, None without one."""
+    """A comparison with the held-out margin of a baseline; `image` is encoded bytes, None without one."""
 
     environment: str
     kind: Literal["right", "wrong"]
+    baseline: str
     margin: float
     id: str
     row: int
@@ -34,12 +35,13 @@ def find_examples(study: Study) -> list[Example]:
     """The comparisons with the largest margins and with the smallest, each text and image once."""
     if study.margins is None:
         return []
+    baseline = study.result["shortcut"]["baseline"]
     order = np.argsort(study.margins, kind="stable")
     right = [c for c in order[::-1] if study.margins[c] > 0]
     wrong = [c for c in order if study.margins[c] < 0]
     kinds: tuple[tuple[Literal["right", "wrong"], list], ...] = (("right", right), ("wrong", wrong))
     return [
-        _example(study.pairs, int(c), kind, float(study.margins[c]))
+        _example(study.pairs, int(c), kind, baseline, float(study.margins[c]))
         for kind, found in kinds
         for c in _distinct(study.pairs, np.asarray(found, np.int64))
     ]
@@ -59,11 +61,12 @@ def _distinct(pairs: Pairs, order: Int[np.ndarray, "n"]) -> list[int]:
     return found
 
 
-def _example(pairs: Pairs, c: int, kind: Literal["right", "wrong"], margin: float) -> Example:
+def _example(pairs: Pairs, c: int, kind: Literal["right", "wrong"], baseline: str, margin: float) -> Example:
     group = pairs.source[int(pairs.group[c])]
     return Example(
         environment=pairs.name,
         kind=kind,
+        baseline=baseline,
         margin=margin,
         id=group.id,
         row=group.row,

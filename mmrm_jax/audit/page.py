@@ -11,7 +11,7 @@ from typing import Any
 from mmrm_jax import __version__
 from mmrm_jax.audit.examples import Example
 from mmrm_jax.audit.plots import rates, word_weights
-from mmrm_jax.audit.study import WORDS
+from mmrm_jax.audit.study import WORDS, words_tell
 from mmrm_jax.audit.tables import (
     Grid,
     overlap_grid,
@@ -21,6 +21,7 @@ from mmrm_jax.audit.tables import (
     transfer_grid,
     words_grid,
 )
+from mmrm_jax.audit.verdict import furthest
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
 from mmrm_jax.eval.report_parts import escaped, html_section, html_table, image_html, png_figure
@@ -29,7 +30,6 @@ from mmrm_jax.eval.summary import percent
 from mmrm_jax.types import Quarantined
 
 _TITLE = "How far text alone goes"
-_ORDER = ("strong", "clear", "weak", "none", "too few")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ def write_page(path: Path, data: AuditPage) -> None:
 
 def _headline(result: Mapping[str, Any]) -> str:
     """The first sentence of the environment where text goes furthest."""
-    worst = min(result["environments"], key=lambda each: _ORDER.index(each["verdict"]["level"]))
-    name = f"{worst['name']}: " if len(result["environments"]) > 1 else ""
-    return f"<p class='headline'>{escaped(name + worst['verdict']['sentences'][0])}</p>"
+    found = furthest(result["environments"])
+    name = f"{found['name']}: " if len(result["environments"]) > 1 else ""
+    return f"<p class='headline'>{escaped(name + found['verdict']['sentences'][0])}</p>"
 
 
 def _verdicts(data: AuditPage) -> str:
@@ -63,10 +63,12 @@ def _verdicts(data: AuditPage) -> str:
     for each in data.result["environments"]:
         found = each["verdict"]
         said = "".join(f"<p>{escaped(sentence)}</p>" for sentence in found["sentences"])
-        command = f"<p class='muted'>A text-only model says more:</p><pre>{escaped(found['command'])}</pre>"
         parts.append(f"<h3>{escaped(each['name'])}: {escaped(found['level'])}</h3>{said}")
-        parts.append(command if found["command"] else "")
-    parts += [f"<p>{escaped(sentence)}</p>" for sentence in data.result["across"]]
+    if data.result["across"]:
+        items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in data.result["across"])
+        parts.append(f"<h3>Between them</h3><ul>{items}</ul>")
+    if command := furthest(data.result["environments"])["verdict"]["command"]:
+        parts.append(f"<p class='muted'>A text-only model says more:</p><pre>{escaped(command)}</pre>")
     return html_section("Verdict", data.result["definition"], "".join(parts))
 
 
@@ -132,12 +134,12 @@ def _styles(data: AuditPage) -> str:
 def _words(data: AuditPage) -> str:
     parts = []
     for each in data.result["environments"]:
-        if each["words"]:
+        if each["words"] and words_tell(each):
             alt = "; ".join(f"{word['word']} {word['weight']:+.2f}" for word in each["words"])
-            figure = png_figure(word_weights(each["words"]), each["name"], f"Weights of words: {alt}")
-            parts.append(f"<h3>{escaped(each['name'])}</h3>{_figures([figure])}{_grid(words_grid(each))}")
+            figure = png_figure(word_weights(each["words"]), "", f"Weights of words: {alt}")
+            parts.append(f"<h3>{escaped(each['name'])}</h3>{_figures([figure, _grid(words_grid(each))])}")
         else:
-            parts.append(f"<h3>{escaped(each['name'])}</h3><p class='empty'>No word tells the two apart.</p>")
+            parts.append(f"<h3>{escaped(each['name'])}</h3><p class='empty'>Words do not tell the two apart.</p>")
     lead = (
         "Weights of words and word pairs in the bag of words fitted to all comparisons, and how often a rule of that "
         "word alone is right in the n comparisons in which one response has it and the other has not."
@@ -154,10 +156,10 @@ def _examples(data: AuditPage) -> str:
             if cards:
                 parts.append(f"<h3>{escaped(name)}: {title}</h3><div class='grid'>{''.join(cards)}</div>")
     lead = (
-        "Comparisons on which the bag of words is surest, as it judges them when they are held out: those it gets "
+        "Comparisons on which the surest baseline is surest, as it judges them when they are held out: those it gets "
         "right need no image, those it gets wrong are where a model that leans on text fails."
     )
-    return html_section("Look at them", lead, "".join(parts) or "<p class='empty'>No comparisons to show.</p>")
+    return html_section("Look at them", lead, "".join(parts) or "<p class='empty'>Text alone solves none of them.</p>")
 
 
 def _card(example: Example) -> str:
@@ -168,7 +170,7 @@ def _card(example: Example) -> str:
         f"<p class='prompt'>{escaped(example.prompt)}</p>"
         f"<p class='answer good'><b>chosen</b>{escaped(example.chosen)}</p>"
         f"<p class='answer bad'><b>rejected</b>{escaped(example.rejected)}</p>"
-        f"<p class='margins'><span>margin of the bag of words <b>{margin}</b></span></p>"
+        f"<p class='margins'><span>margin, {escaped(example.baseline)} <b>{margin}</b></span></p>"
         f"<p class='meaning'>{escaped(example.id)}, row {example.row}</p></article>"
     )
 
@@ -202,6 +204,7 @@ def _how(data: AuditPage) -> str:
         parts.append(html_table(("file", "reason", "rows"), rows))
     lead = (
         "Bag of words: TF-IDF of words and word pairs, chosen minus rejected, logistic regression without an intercept "
-        "(L2, C = 1), five folds. Prompts are not looked at, nor is anything between words."
+        "(L2, C = 1), five folds. Length and style: the same on the styles' signs and logarithms. Prompts are not "
+        "looked at, nor is what goes beyond pairs of words."
     )
     return html_section("How it was computed", lead, "".join(parts))

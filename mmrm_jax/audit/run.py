@@ -58,9 +58,9 @@ def audit(
     result["quarantined"] = [dataclasses.asdict(entry) for entry in quarantined]
     out.mkdir(parents=True, exist_ok=True)
     write_quarantine(out / "quarantine.jsonl", quarantined)
-    print_audit(result, console)
     report = out / "report.html"
     write_page(report, AuditPage(command, result, examples, quarantined))
+    print_audit(result, console)
     console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
     return result
 
@@ -104,7 +104,8 @@ def study_corpus(
         "across": transfer_sentences(matrix),
         "overlap": overlap(corpus.environments, families[0]),
     }
-    return result, [example for each in studies for example in find_examples(each)]
+    shown = [each for each in studies if level(each.result) != "none"]  # there, sureness would mean nothing
+    return result, [example for each in shown for example in find_examples(each)]
 
 
 def _describe(each: Study, corpus: Corpus, words: Words, families: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,21 @@ from scipy.sparse import csr_array
 from mmrm_jax.audit.baselines import (
     accuracy_by_text,
     accuracy_by_unit,
-    fit_words,
+    fit_linear,
     folds_of,
     held_out_length,
+    held_out_linear,
     held_out_texts,
-    held_out_words,
 )
 from mmrm_jax.audit.features import Words
 from mmrm_jax.audit.pairs import Pairs, occurrences
-from mmrm_jax.audit.styles import LENGTHS, STYLES, agreement_columns
+from mmrm_jax.audit.styles import LENGTHS, STYLES, agreement_columns, style_rows
 from mmrm_jax.eval.metrics import correctness, interval, named_rng
 
 MIN_UNITS = 10  # from fewer nothing is concluded
 # From this share of comparisons on whose responses other images have too, texts are held out and resampled as well.
 REPEATED = 0.05
-WORDS, NEW_TEXTS = "bag of words", "bag of words, new texts"
+STYLE, WORDS, NEW_TEXTS = "length and style", "bag of words", "bag of words, new texts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Study:
     Attributes:
       pairs: the environment.
       result: the same as JSON: counts, baselines, share, styles.
-      margins: [C] held-out margins of the bag of words, or None where there is too little data.
+      margins: [C] held-out margins of the surest baseline, or None where there is too little data.
       weights: of the bag of words fitted to all comparisons, or None.
     """
 
@@ -59,23 +59,24 @@ def study(
     by_text = found["repeated"] >= REPEATED
     more = styles[pairs.chosen] - styles[pairs.rejected]
     fold = folds_of(pairs.unit, rng)
-    margins = weights = None
+    margins: dict[str, np.ndarray] = {}
+    weights = None
     baselines: list[dict[str, Any]] = []
     if fold is not None:
         differences = difference_rows(words, pairs)
-        lengths = [held_out_length(more[:, i], fold) for i in range(len(LENGTHS))]
-        named = {f"length in {name}": margin for name, margin in zip(LENGTHS, lengths, strict=True)}
-        baselines += _measured(named, pairs, by_text, rng)
-        for i, row in enumerate(baselines):
-            row["direction"] = _direction(more[:, i])
-        margins = held_out_words(differences, fold)
-        baselines += _measured({WORDS: margins}, pairs, False, rng)
+        margins = {f"length in {name}": held_out_length(more[:, i], fold) for i, name in enumerate(LENGTHS)}
+        margins[STYLE] = held_out_linear(style_rows(styles, pairs.chosen, pairs.rejected), fold)
+        margins[WORDS] = held_out_linear(differences, fold)
         if by_text:
-            new = held_out_texts(
+            margins[NEW_TEXTS] = held_out_texts(
                 differences, pairs.chosen, pairs.rejected, pairs.unit, rng, lambda items: progress(pairs.name, items)
             )
-            baselines += _measured({NEW_TEXTS: new}, pairs, True, rng)
-        weights = fit_words(differences)
+        for name, values in margins.items():
+            baselines.append(_measured(name, values, pairs, by_text and name != WORDS, rng))
+        for i, row in enumerate(baselines[: len(LENGTHS)]):
+            row["direction"] = _direction(more[:, i])
+        weights = fit_linear(differences)
+    share = shortcut_share(baselines)
     result = {
         "name": pairs.name,
         "data": pairs.spec,
@@ -87,10 +88,16 @@ def study(
         "folds": 0 if fold is None else int(fold.max()) + 1,
         "responses": found,
         "baselines": [{k: v for k, v in row.items() if k != "draws"} for row in baselines],
-        "shortcut": shortcut_share(baselines),
+        "shortcut": share,
         "styles": _styles(more, pairs, by_text, rng),
     }
-    return Study(pairs, result, margins, weights)
+    return Study(pairs, result, margins[share["baseline"]] if share else None, weights)
+
+
+def words_tell(result: Mapping[str, Any]) -> bool:
+    """Whether a bag of words is better than guessing, so that its weights mean something."""
+    lows = [row["low"] for row in result["baselines"] if row["name"] in (WORDS, NEW_TEXTS)]
+    return any(low is not None and low > 0.5 for low in lows)
 
 
 def difference_rows(words: Words, pairs: Pairs) -> csr_array:
@@ -117,19 +124,15 @@ def shortcut_share(baselines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _measured(
-    margins: dict[str, Float[np.ndarray, "C"]], pairs: Pairs, by_text: bool, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    """A row per baseline: its accuracy with an interval, and the resamples it comes from."""
-    columns = np.stack([np.stack([correctness(m), np.ones(len(m))], axis=-1) for m in margins.values()], axis=1)
-    draws = _resampled(columns, pairs, by_text, rng)
-    rows = []
-    for i, name in enumerate(margins):
-        low, high = interval(draws[1:, i])
-        resampled = "texts" if by_text else "images"
-        accuracy = float(draws[0, i])
-        row = {"name": name, "accuracy": accuracy, "low": low, "high": high, "resampled": resampled}
-        rows.append(row | {"draws": draws[1:, i]})
-    return rows
+    name: str, margins: Float[np.ndarray, "C"], pairs: Pairs, by_text: bool, rng: np.random.Generator
+) -> dict[str, Any]:
+    """A baseline's accuracy with an interval, and the resamples it comes from."""
+    columns = np.stack([correctness(margins), np.ones(len(margins))], axis=-1)[:, None]
+    draws = _resampled(columns, pairs, by_text, rng)[:, 0]
+    low, high = interval(draws[1:])
+    resampled = "texts" if by_text else "images"
+    row = {"name": name, "accuracy": float(draws[0]), "low": low, "high": high, "resampled": resampled}
+    return row | {"draws": draws[1:]}
 
 
 def _resampled(

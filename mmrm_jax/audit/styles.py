@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 
 _FLAGS = re.IGNORECASE | re.MULTILINE
 # What is counted: name, pattern, what to say of a response that has more of it.
@@ -36,6 +37,17 @@ def count_styles(texts: Sequence[str], words: Int[np.ndarray, "texts"]) -> Int[n
     patterns = [re.compile(pattern, _FLAGS) for _, pattern in _PATTERNS]
     rows = [[len(text), n, *(len(p.findall(text)) for p in patterns)] for text, n in zip(texts, words, strict=True)]
     return np.asarray(rows, np.int64).reshape(-1, len(STYLES))
+
+
+def style_rows(
+    styles: Int[np.ndarray, "texts S"], chosen: Int[np.ndarray, "C"], rejected: Int[np.ndarray, "C"]
+) -> csr_array:
+    """Features chosen - rejected: for each style which of the two has more, and the difference of log(1 + count)."""
+    more = np.sign(styles[chosen] - styles[rejected])
+    logs = np.log1p(styles)
+    rows = np.concatenate([more, logs[chosen] - logs[rejected]], axis=1).astype(np.float64)
+    scale = np.sqrt(np.mean(rows**2, axis=0, keepdims=True)) if len(rows) else 1.0
+    return csr_array(np.divide(rows, scale, out=np.zeros_like(rows), where=np.asarray(scale) > 0))
 
 
 def agreement_columns(more: Int[np.ndarray, "C S"]) -> Float[np.ndarray, "C S 2"]:

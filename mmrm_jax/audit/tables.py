@@ -25,25 +25,20 @@ class Grid:
 def overview(environments: Sequence[Result]) -> Grid:
     """Every environment with its baselines."""
     names = list(dict.fromkeys(row["name"] for each in environments for row in each["baselines"]))
-    rows = []
-    for each in environments:
-        found = {row["name"]: row for row in each["baselines"]}
-        share = each["shortcut"]
-        rows.append(
-            (
-                (each["name"], ""),
-                (str(each["comparisons"]), f"{each['units']} independent" if each["units"] else ""),
-                *(_accuracy(found.get(name)) for name in names),
-                (_NOTHING, "") if share is None else _rate(share["share"], share["low"], share["high"]),
-                (each["verdict"]["level"], ""),
-            )
-        )
+    found = [{row["name"]: row for row in each["baselines"]} for each in environments]
+    shares = [each["shortcut"] for each in environments]
+    rows = [
+        (("comparisons", ""), *((str(e["comparisons"]), f"{e['units']} independent") for e in environments)),
+        *(((name, ""), *(_accuracy(baselines.get(name)) for baselines in found)) for name in names),
+        (("shortcut share", ""), *(_rate(s["share"], s["low"], s["high"]) if s else (_NOTHING, "") for s in shares)),
+        (("shortcut", ""), *((e["verdict"]["level"], "") for e in environments)),
+    ]
     return Grid(
         "Right from text alone, in %",
         "Accuracy on held-out comparisons, with 95 % intervals; guessing is right in 50 %. What shares an image is "
         "held out together. Where responses come back with other images, intervals are over texts, but for the bag of "
         "words, which is also tried on new texts: those of a test comparison are in none of its training comparisons.",
-        ("", "comparisons", *names, "shortcut share", "shortcut"),
+        ("", *(each["name"] for each in environments)),
         tuple(rows),
     )
 
@@ -53,7 +48,7 @@ def _accuracy(row: Result | None) -> tuple[str, str]:
         return _NOTHING, ""
     value, bounds = _rate(row["accuracy"], row["low"], row["high"])
     wins = row.get("direction", "neither")
-    return value, bounds + ("" if wins == "neither" else f"; {wins} wins")
+    return value, bounds + ("" if wins == "neither" else f"; {wins}")
 
 
 def _rate(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
@@ -80,9 +75,8 @@ def transfer_grid(result: Result) -> Grid:
 def style_grid(environments: Sequence[Result]) -> Grid:
     """Every style in every environment."""
     found = [{row["style"]: row for row in each["styles"]} for each in environments]
-    names = list(dict.fromkeys(name for rows in found for name in rows))
     cells = []
-    for name in names:
+    for name in dict.fromkeys(name for rows in found for name, row in rows.items() if row["n"]):
         cells.append(((f"more {name}", ""), *(_style(rows.get(name)) for rows in found)))
     return Grid(
         "Styles: how often the response with more of it wins, in %",
@@ -96,7 +90,7 @@ def _style(row: Result | None) -> tuple[str, str]:
     if row is None or not row["n"]:
         return _NOTHING, ""
     bounds = between(row["low"], row["high"], percent)
-    return percent(row["agreement"]), f"{bounds + ', ' if bounds else ''}n = {row['n']}"
+    return percent(row["agreement"]), f"{bounds + '; ' if bounds else ''}n = {row['n']}"
 
 
 def words_grid(each: Result) -> Grid:
@@ -122,29 +116,41 @@ def _word(word: Result) -> tuple[tuple[str, str], ...]:
 
 def repeats_grid(environments: Sequence[Result]) -> Grid:
     """Duplicates, conflicts, cycles, ties and how responses repeat."""
-    rows = []
+    columns = []
     for each in environments:
         found, near, said = each["repeats"], each["near_duplicates"], each["responses"]
-        rows.append(
+        columns.append(
             (
-                (each["name"], ""),
                 (str(each["ties"]), ""),
                 (str(found["duplicates"]), ""),
                 (str(found["conflicts"]), f"{found['conflicting']} comparisons" if found["conflicts"] else ""),
                 (str(found["cycles"]), ""),
                 (str(near["alike"]), ""),
-                (str(said["distinct"]), f"{near['near']} with a near duplicate"),
+                (str(said["distinct"]), ""),
+                (str(near["near"]), ""),
                 (f"{percent(said['repeated'])} %", ""),
                 (_NOTHING if found["ceiling"] is None else f"{percent(found['ceiling'])} %", ""),
             )
         )
+    names = (
+        "ties",
+        "duplicates",
+        "conflicts",
+        "circles",
+        "alike",
+        "responses",
+        "near duplicates",
+        "repeated",
+        "ceiling",
+    )
+    rows = [((name, ""), *cells) for name, cells in zip(names, zip(*columns, strict=True), strict=True)]
     return Grid(
         "Repeats, conflicts, ties",
         "Duplicates say the same of the same image, prompt and pair once more; conflicts say the contrary; circles are "
         "images with a prompt where A beats B, B beats C and C beats A. Alike: comparisons of two nearly equal "
-        "responses. Repeated: comparisons with a response that other images have too. Ceiling: no model that sees the "
-        "prompt and the responses alone is right more often.",
-        ("", "ties", "duplicates", "conflicts", "circles", "alike", "responses", "repeated", "text-only ceiling"),
+        "responses. Then distinct responses, and those with a near duplicate among them. Repeated: comparisons with a "
+        "response that other images have too. Ceiling: no model of prompt and responses alone is right more often.",
+        ("", *(each["name"] for each in environments)),
         tuple(rows),
     )
 

@@ -20,19 +20,23 @@ def telling_words(
     """The n-grams with the largest weights on either side, those that speak for a response first.
 
     `n` counts the comparisons in which one response has it and the other has not, `accuracy` is how often a rule of
-    that word alone is right in these: "prefer the one with it", or without it where the weight is negative.
+    that word alone is right in these: "prefer the one with it", or without it where the weight is negative. Of n-grams
+    that the same texts have, the first is listed.
     """
     found: list[dict[str, Any]] = []
     for sign in (1, -1):
         order = np.argsort(-sign * weights, kind="stable")
         shown = 0
+        seen: set[bytes] = set()
         for feature in order[: 20 * _SHOWN]:
             if sign * weights[feature] < _WEIGHTLESS or shown == _SHOWN:
                 break
             has = words.present[:, [feature]].toarray().ravel()
             told = has[chosen] - has[rejected]
             n = int(np.count_nonzero(told))
-            if n >= _FEWEST:
+            mark = has.tobytes()
+            if n >= _FEWEST and mark not in seen:
+                seen.add(mark)
                 right = int(np.count_nonzero(told == sign))
                 name, weight = str(words.names[feature]), float(weights[feature])
                 found.append({"word": name, "weight": weight, "n": n, "accuracy": right / n})

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmrm_jax.audit.study import words_tell
 from mmrm_jax.audit.tables import (
     Grid,
     overlap_grid,
@@ -19,6 +20,7 @@ from mmrm_jax.audit.tables import (
     transfer_grid,
     words_grid,
 )
+from mmrm_jax.audit.verdict import furthest
 
 _FEW = 3  # environments: of more, words and overlaps are in the report alone
 _COLOURS = {"none": "green", "weak": "yellow", "clear": "yellow", "strong": "red", "too few": "dim"}
@@ -31,7 +33,7 @@ def print_audit(result: Mapping[str, Any], console: Console) -> None:
     grids = [overview(environments)]
     grids += [transfer_grid(result)] if several else []
     grids += [style_grid(environments)]
-    grids += [words_grid(each) for each in environments] if few else []
+    grids += [words_grid(each) for each in environments if words_tell(each)] if few else []
     grids += [repeats_grid(environments)]
     grids += [overlap_grid(result)] if several and few else []
     for grid in grids:
@@ -42,10 +44,10 @@ def print_audit(result: Mapping[str, Any], console: Console) -> None:
         console.print(Text.assemble((f"{each['name']}: ", "bold"), (found["level"], _COLOURS[found["level"]])))
         for sentence in found["sentences"]:
             console.print(f"  {sentence}", markup=False, highlight=False)
-        if found["command"]:
-            console.print("  a text-only model says more: " + found["command"], markup=False, highlight=False)
     for sentence in result["across"]:
         console.print(sentence, markup=False, highlight=False)
+    if command := furthest(environments)["verdict"]["command"]:
+        console.print("a text-only model says more: " + command, soft_wrap=True, markup=False, highlight=False)
     console.print(result["definition"], markup=False, highlight=False, style="dim")
 
 
@@ -54,5 +56,7 @@ def _table(grid: Grid) -> Table:
     for i, name in enumerate(grid.header):
         table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
     for row in grid.rows:
-        table.add_row(*(Text.assemble(value, (f"\n{note}" if note else "", "dim")) for value, note in row))
+        table.add_row(
+            *(Text.assemble(value, ("\n" * bool(note) + note.replace("; ", "\n"), "dim")) for value, note in row)
+        )
     return table

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mmrm_jax.audit.baselines import MIN_COMPARISONS
-from mmrm_jax.audit.study import MIN_UNITS, NEW_TEXTS, WORDS
+from mmrm_jax.audit.study import MIN_UNITS, NEW_TEXTS, WORDS, words_tell
+from mmrm_jax.audit.styles import LENGTHS
 from mmrm_jax.eval.summary import between, percent
 
 Level = Literal["too few", "none", "weak", "clear", "strong"]
@@ -38,8 +39,14 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         return [_too_few(result)]
     said = [_none(result) if found == "none" else _some(result, found), *_below_chance(result)]
     if found != "none":
-        said += _length(result) + _words(result)
+        said += _length(result) + _styles(result) + _words(result)
     return said + _ceiling(result) + _conflicts(result)
+
+
+def furthest(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The environment in which text goes furthest; the first where several are alike."""
+    order: tuple[Level, ...] = ("strong", "clear", "weak", "none", "too few")
+    return min(results, key=lambda each: order.index(level(each)))
 
 
 def advice(result: Mapping[str, Any]) -> str | None:
@@ -111,7 +118,21 @@ def _length(result: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _styles(result: Mapping[str, Any]) -> list[str]:
+    """The styles, lengths apart, that lie on one side of chance, the farthest first."""
+    marked = [row for row in result["styles"] if row["style"] not in LENGTHS and row["low"] is not None]
+    marked = [row for row in marked if row["low"] > 0.5 or row["high"] < 0.5]
+    marked.sort(key=lambda row: -abs(row["agreement"] - 0.5))
+    told = [
+        f"{row['style']} {percent(row['agreement'])} % ({between(row['low'], row['high'], percent)}; n = {row['n']})"
+        for row in marked[:3]
+    ]
+    return [f"Where the two differ in style, the one with more of it wins: {', '.join(told)}."] if told else []
+
+
 def _words(result: Mapping[str, Any]) -> list[str]:
+    if not words_tell(result):
+        return []
     sides = {sign: [w["word"] for w in result["words"] if sign * w["weight"] > 0][:5] for sign in (1, -1)}
     names = {1: "for", -1: "against"}
     parts = [f"{names[sign]} a response: {', '.join(words)}" for sign, words in sides.items() if words]

@@ -47,10 +47,14 @@ def fit_linear(differences: csr_array) -> Float[np.ndarray, "F"]:
     return np.asarray(model.fit(turned, label).coef_[0], np.float64)
 
 
-def held_out_linear(differences: csr_array, fold: Int[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
+def held_out_linear(
+    differences: csr_array,
+    fold: Int[np.ndarray, "C"],
+    progress: Callable[[Iterable], Iterable] = lambda items: items,
+) -> Float[np.ndarray, "C"]:
     """Margins of the linear fit, each from the other folds."""
     margins = np.zeros(len(fold))
-    for k in np.unique(fold):
+    for k in progress(np.unique(fold)):
         weights = fit_linear(csr_array(differences[np.flatnonzero(fold != k)]))
         margins[fold == k] = differences[np.flatnonzero(fold == k)] @ weights
     return margins

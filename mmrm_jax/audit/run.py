@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress as RichProgress
 
 from mmrm_jax.audit.across import near_duplicates, overlap, text_families, transfer
 from mmrm_jax.audit.examples import Example, find_examples
@@ -51,9 +50,13 @@ def audit(
             quarantined += bad
     if quarantined:
         console.print(summarise_quarantine(quarantined), markup=False)
-    progress = _progress(console)
-    corpus = index_comparisons(opened, lambda name, rows: progress(f"reading {name}", rows))
-    result, examples = study_corpus(corpus, progress)
+    with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def progress(name: str, items: Iterable) -> Iterable:
+            return bar.track(list(items), description=name)
+
+        corpus = index_comparisons(opened, lambda name, rows: progress(f"reading {name}", rows))
+        result, examples = study_corpus(corpus, progress)
     result["seconds"] = time.monotonic() - started
     result["quarantined"] = [dataclasses.asdict(entry) for entry in quarantined]
     out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def study_corpus(
     families = text_families(words.sets)
     studies = [
         study(pairs, words, styles, lambda name, items: progress(f"fitting {name}", items))
-        for pairs in progress("environments", corpus.environments)
+        for pairs in corpus.environments
     ]
     for each in studies:
         _describe(each, corpus, words, families)
@@ -116,13 +119,3 @@ def _describe(each: Study, corpus: Corpus, words: Words, families: tuple[np.ndar
     result["repeats"] = repeats(pairs)
     result["near_duplicates"] = near_duplicates(pairs, corpus.texts, words.sets, families)
     result["verdict"] = {"level": level(result), "sentences": sentences(result), "command": advice(result)}
-
-
-def _progress(console: Console) -> Progress:
-    """A bar for whatever is gone through, gone when it is done; on a terminal only."""
-
-    def show(name: str, items: Iterable) -> Iterator:
-        shown = console.is_terminal and sys.stderr is not None
-        yield from track(items, description=name, console=console, transient=True, disable=not shown)
-
-    return show

@@ -59,6 +59,10 @@ def study(
     by_text = found["repeated"] >= REPEATED
     more = styles[pairs.chosen] - styles[pairs.rejected]
     fold = folds_of(pairs.unit, rng)
+
+    def show(fits: Iterable) -> Iterable:
+        return progress(pairs.name, fits)
+
     margins: dict[str, np.ndarray] = {}
     weights = None
     baselines: list[dict[str, Any]] = []
@@ -66,11 +70,9 @@ def study(
         differences = difference_rows(words, pairs)
         margins = {f"length in {name}": held_out_length(more[:, i], fold) for i, name in enumerate(LENGTHS)}
         margins[STYLE] = held_out_linear(style_rows(styles, pairs.chosen, pairs.rejected), fold)
-        margins[WORDS] = held_out_linear(differences, fold)
+        margins[WORDS] = held_out_linear(differences, fold, show)
         if by_text:
-            margins[NEW_TEXTS] = held_out_texts(
-                differences, pairs.chosen, pairs.rejected, pairs.unit, rng, lambda items: progress(pairs.name, items)
-            )
+            margins[NEW_TEXTS] = held_out_texts(differences, pairs.chosen, pairs.rejected, pairs.unit, rng, show)
         for name, values in margins.items():
             baselines.append(_measured(name, values, pairs, by_text and name != WORDS, rng))
         for i, row in enumerate(baselines[: len(LENGTHS)]):

@@ -13,6 +13,7 @@ from mmrm_jax.eval.summary import between, percent
 
 Level = Literal["too few", "none", "weak", "clear", "strong"]
 _SAID = 6
+_BALANCED = 0.2  # the most that is left over of texts which are chosen about as often as rejected
 CLEAR, STRONG = 0.1, 0.4  # shortcut shares from which it is called so: accuracies of .55 and .70
 
 DEFINITION = (
@@ -101,7 +102,8 @@ def _below_chance(result: Mapping[str, Any]) -> list[str]:
         return []
     said = f"The bag of words is right in only {_rate(row)}, less than guessing; that is no shortcut."
     balance = result["responses"]["balance"]
-    if any(row["name"] == NEW_TEXTS for row in result["baselines"]) and balance is not None:
+    held_out = any(row["name"] == NEW_TEXTS for row in result["baselines"])
+    if held_out and balance is not None and balance < _BALANCED:
         new = _baseline(result, NEW_TEXTS)
         said += (
             " The same responses come back with other images, chosen about as often as rejected (of their "

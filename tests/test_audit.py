@@ -283,7 +283,7 @@ def test_what_holds_elsewhere_and_what_is_turned_round():
 def test_too_few_comparisons_are_said_so(count):
     result = audited(*planted(count, 0.9, seed=0))
     assert result["verdict"]["level"] == "too few" and result["shortcut"] is None and result["baselines"] == []
-    assert f"{count} comparisons" in result["verdict"]["sentences"][0]
+    assert f"{count} comparison" in result["verdict"]["sentences"][0]
 
 
 def test_few_groups_are_not_enough_whatever_they_compare():

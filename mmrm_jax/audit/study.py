@@ -158,8 +158,9 @@ def _styles(
         return []
     draws = _resampled(agreement_columns(more), pairs, by_text, rng)
     rows = []
+    enough = len(np.unique(pairs.unit)) >= MIN_UNITS
     for i, name in enumerate(STYLES):
-        low, high = interval(draws[1:, i])
+        low, high = interval(draws[1:, i]) if enough else (None, None)
         n = int(np.count_nonzero(more[:, i]))
         agreement = float(draws[0, i]) if n else None
         rows.append({"style": name, "n": n, "agreement": agreement, "low": low, "high": high})

@@ -48,7 +48,7 @@ def _accuracy(row: Result | None) -> tuple[str, str]:
         return _NOTHING, ""
     value, bounds = _rate(row["accuracy"], row["low"], row["high"])
     wins = row.get("direction", "neither")
-    return value, bounds + ("" if wins == "neither" else f"; {wins}")
+    return value, "; ".join(note for note in (bounds, "" if wins == "neither" else wins) if note)
 
 
 def _rate(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:

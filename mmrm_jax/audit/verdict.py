@@ -60,8 +60,9 @@ def advice(result: Mapping[str, Any]) -> str | None:
 
 def _too_few(result: Mapping[str, Any]) -> str:
     return (
-        f"Too little to say: {result['comparisons']} comparisons in {result['units']} independent groups; a held-out "
-        f"estimate needs at least {MIN_COMPARISONS} in {MIN_UNITS}."
+        f"Too little to say: {_many(result['comparisons'], 'comparison')} in "
+        f"{_many(result['units'], 'independent group')}; a held-out estimate needs at least {MIN_COMPARISONS} in "
+        f"{MIN_UNITS}."
     )
 
 
@@ -78,7 +79,7 @@ def _none(result: Mapping[str, Any]) -> str:
 def _some(result: Mapping[str, Any], found: Level) -> str:
     share = result["shortcut"]
     best = _baseline(result, share["baseline"])
-    words = {"weak": "Text gives a little away", "clear": "Text gives much away", "strong": "Text decides most of it"}
+    words = {"weak": "Text gives a little away", "clear": "Text gives much away", "strong": "Text alone goes far"}
     return (
         f"{words[found]}: a baseline that never sees an image ({share['baseline']}) is right in {_rate(best)} of "
         f"held-out comparisons. Text explains {percent(share['share'])} % of them beyond chance "
@@ -123,7 +124,7 @@ def _length(result: Mapping[str, Any]) -> list[str]:
 def _styles(result: Mapping[str, Any]) -> list[str]:
     """The styles, lengths apart, that lie on one side of chance, the farthest first."""
     marked = [row for row in result["styles"] if row["style"] not in LENGTHS and row["low"] is not None]
-    marked = [row for row in marked if row["low"] > 0.5 or row["high"] < 0.5]
+    marked = [row for row in marked if row["n"] >= MIN_COMPARISONS and not row["low"] <= 0.5 <= row["high"]]
     marked.sort(key=lambda row: -abs(row["agreement"] - 0.5))
     told = [
         f"{row['style']} {percent(row['agreement'])} % ({between(row['low'], row['high'], percent)}; n = {row['n']})"

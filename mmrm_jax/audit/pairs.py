@@ -96,8 +96,6 @@ def index_comparisons(
             prompt = prompts.setdefault(group.prompt, len(prompts))
             rows += [(index, c.winner, c.loser, numbers[c.winner], numbers[c.loser], image, prompt) for c in judged]
         read.append((np.asarray(rows, np.int64).reshape(-1, 7).T, ties, shown))
-    units = linked(np.concatenate([r[0][5] for r in read]), np.concatenate([r[0][6] for r in read]))
-    ends = np.cumsum([r[0].shape[1] for r in read])
     fields = ("group", "winner", "loser", "chosen", "rejected", "image", "prompt")
     environments = [
         Pairs(
@@ -105,14 +103,12 @@ def index_comparisons(
             spec,
             source,
             **dict(zip(fields, columns, strict=True)),
-            unit=unit,
+            unit=linked(columns[5], columns[6]),
             groups=len(source),
             ties=ties,
             images=shown,
         )
-        for (name, spec, source), (columns, ties, shown), unit in zip(
-            named, read, np.split(units, ends[:-1]), strict=True
-        )
+        for (name, spec, source), (columns, ties, shown) in zip(named, read, strict=True)
     ]
     return Corpus(tuple(texts), tuple(prompts), tuple(environments))
 
@@ -130,7 +126,13 @@ def linked(image: Int[np.ndarray, "C"], prompt: Int[np.ndarray, "C"]) -> Int[np.
     size = offset + int(prompt.max()) + 1
     ends = (edges[0][few], offset + edges[1][few])
     graph = coo_array((np.ones(few.sum()), ends), shape=(size, size))
-    return connected_components(graph, directed=False)[1][image].astype(np.int64)
+    return by_appearance(connected_components(graph, directed=False)[1][image])
+
+
+def by_appearance(labels: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """The labels as 0, 1, 2 ... in the order of their first appearance."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def occurrences(pairs: Pairs) -> dict[str, Any]:

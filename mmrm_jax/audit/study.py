@@ -20,7 +20,7 @@ from mmrm_jax.audit.baselines import (
     held_out_texts,
 )
 from mmrm_jax.audit.features import Words
-from mmrm_jax.audit.pairs import Pairs, occurrences
+from mmrm_jax.audit.pairs import Pairs, by_appearance, occurrences
 from mmrm_jax.audit.styles import LENGTHS, STYLES, agreement_columns, style_rows
 from mmrm_jax.eval.metrics import correctness, interval, named_rng
 
@@ -53,7 +53,11 @@ def study(
     styles: Int[np.ndarray, "texts S"],
     progress: Callable[[str, Iterable], Iterable] = lambda name, items: items,
 ) -> Study:
-    """Baselines on held-out comparisons, the share that text explains, and styles; the same numbers in every run."""
+    """Baselines on held-out comparisons, the share that text explains, and styles.
+
+    What is drawn depends on the environment alone, not on which others are audited beside it; these have a part in the
+    words' IDF only.
+    """
     rng = named_rng("audit", pairs.name)
     found = occurrences(pairs)
     by_text = found["repeated"] >= REPEATED
@@ -72,7 +76,8 @@ def study(
         margins[STYLE] = held_out_linear(style_rows(styles, pairs.chosen, pairs.rejected), fold)
         margins[WORDS] = held_out_linear(differences, fold, show)
         if by_text:
-            margins[NEW_TEXTS] = held_out_texts(differences, pairs.chosen, pairs.rejected, pairs.unit, rng, show)
+            chosen, rejected = _own_texts(pairs)
+            margins[NEW_TEXTS] = held_out_texts(differences, chosen, rejected, pairs.unit, rng, show)
         for name, values in margins.items():
             baselines.append(_measured(name, values, pairs, by_text and name != WORDS, rng))
         for i, row in enumerate(baselines[: len(LENGTHS)]):
@@ -141,8 +146,14 @@ def _resampled(
     columns: Float[np.ndarray, "C J 2"], pairs: Pairs, by_text: bool, rng: np.random.Generator
 ) -> Float[np.ndarray, "B J"]:
     if by_text:
-        return accuracy_by_text(columns, pairs.chosen, pairs.rejected, rng)
+        chosen, rejected = _own_texts(pairs)
+        return accuracy_by_text(columns, chosen, rejected, rng)
     return accuracy_by_unit(columns, pairs.unit, rng)
+
+
+def _own_texts(pairs: Pairs) -> Int[np.ndarray, "2 C"]:
+    """The chosen and the rejected text of every comparison, numbered within the environment."""
+    return by_appearance(np.concatenate([pairs.chosen, pairs.rejected])).reshape(2, -1)
 
 
 def _direction(longer: Int[np.ndarray, "C"]) -> str:

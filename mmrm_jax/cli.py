@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
+    AuditArgs,
     EvaluateArgs,
     ExportArgs,
     InspectArgs,
@@ -118,6 +119,16 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     )
 
 
+def audit(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See AuditArgs."""
+    from mmrm_jax.audit.run import audit as run_audit
+
+    args = _parse("audit", AuditArgs, argv)
+    if not args.data:
+        raise ValueError("no data: name one preference file or more, as in mmrm audit train.jsonl test.jsonl")
+    return _written(args.json, run_audit(args.data, args.out, args.image_root, console, _command("audit", argv)))
+
+
 def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See InspectArgs."""
     from mmrm_jax.eval.inspect import inspect_checkpoint, print_description
@@ -184,6 +195,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "matrix": (matrix, "objective x environment on your own files: the cross-distribution matrix"),
     "train": (train, "train one reward model"),
     "evaluate": (evaluate, "evaluate a trained run on a preference file"),
+    "audit": (audit, "how far preference data can be solved without its images"),
     "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
     "score": (score, "rewards of every response in a file"),
     "export": (export, "a trained run as a checkpoint folder in the Hugging Face layout"),

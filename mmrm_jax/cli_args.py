@@ -147,6 +147,28 @@ class PrepareArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class AuditArgs:
+    """Say how far preference data can be solved without its images: no model is needed, nothing is trained but words.
+
+    For each data set: the accuracy of text-only baselines (length, a bag of words) on held-out comparisons, the share
+    of comparisons that text explains, the most telling words and styles, duplicates, conflicting labels, and a verdict
+    in plain words. Between them: whether what words say in one holds in another, and what they share.
+
+    Attributes:
+        data: Preference files, or DIRECTORY:SPLIT of a prepared data set. Each is called after its file or split;
+            NAME=DATA gives it another name.
+        out: Directory of report.html and quarantine.jsonl.
+        image_root: Folder that image paths are relative to; None takes each file's own.
+        json: Also write the results to this file.
+    """
+
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    out: Path = Path("runs/audit")
+    image_root: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class InspectArgs:
     """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("train",),
     ("tiny", "plan"),
     ("eval",),
-    ("serve",),
+    ("serve", "audit"),
     ("cli_args",),
     ("cli", "__main__"),
 )

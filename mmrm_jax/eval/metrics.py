@@ -159,12 +159,15 @@ def accuracy_and_sfd(sums: Float[np.ndarray, "B 3 2"]) -> tuple[Float[np.ndarray
     return overall, right - wrong
 
 
-def interval(values: Float[np.ndarray, "B"]) -> tuple[float | None, float | None]:
-    """Central 95 % of the resampled values; (None, None) where over 5 % of the resamples leave it undefined."""
+def interval(values: Float[np.ndarray, "B"], tail: float = 2.5) -> tuple[float | None, float | None]:
+    """The resampled values without `tail` percent at each end: the central 95 %, unless another tail is given.
+
+    (None, None) where over 5 % of the resamples leave it undefined.
+    """
     defined = values[~np.isnan(values)]
     if defined.size == 0 or defined.size < _DEFINED_SHARE * values.size:
         return None, None
-    low, high = np.percentile(defined, [2.5, 97.5])
+    low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
 
 

@@ -6,29 +6,21 @@ security policy forbids scripts and requests.
 
 from __future__ import annotations
 
-import base64
 import collections
 import dataclasses
-import html
-import io
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
-
-from mmrm_jax.data.images import DECODE_ERRORS, FORMATS, MAX_PIXELS
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
+from mmrm_jax.eval.report_parts import escaped, html_section, html_table, image_html, png_figure
 from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds, sfc_over_training, training_curves
 from mmrm_jax.eval.summary import BASELINE, MEASURE_NAMES, between, cell_kind, mean_over_seeds, percent, points
 from mmrm_jax.types import Quarantined
 
 _METHOD = "shortcut_aware"
-_IMAGE_SIDE = 480  # longest side of an example image in the report
 _TOO_SHORT = "Nothing is drawn: the runs were so short that they logged once. A smaller log_every logs more often."
-_TINY_SIDE = 96  # images up to this side are enlarged without smoothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +80,7 @@ def write_report(path: Path, data: ReportData) -> None:
     """
     sections = (_summary, _matrix, _sfd, _sfc, _curves, _examples, _how, _all_cells)
     body = "\n".join(section(data) for section in sections)
-    page = PAGE.format(title=_text(data.title), style=STYLE, headline=_headline_html(data), body=body)
+    page = PAGE.format(title=escaped(data.title), style=STYLE, headline=_headline_html(data), body=body)
     # A lone surrogate in a record has no UTF-8 form; it must not cost the report.
     path.write_text(page, encoding="utf-8", errors="replace")
 
@@ -170,31 +162,10 @@ def _sign(change: Mapping[str, Any]) -> int:
     return int(change["low"] > 0) - int(change["high"] < 0)
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _headline_html(data: ReportData) -> str:
     first, *rest = headline(data.summary)
-    more = f"<p class='sub'>{_text(' '.join(rest))}</p>" if rest else ""
-    return f"<p class='headline'>{_text(first)}</p>{more}"
-
-
-def _section(title: str, lead: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2><p class='lead'>{_text(lead)}</p>{content}</section>"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A scrolling table; the cells are HTML already."""
-    head = "".join(f"<th scope='col'>{_text(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _png_figure(png: bytes, caption: str, alt: str) -> str:
-    source = base64.b64encode(png).decode("ascii")
-    image = f"<img src='data:image/png;base64,{source}' alt='{_text(alt)}'>"
-    return f"<figure><figcaption>{_text(caption)}</figcaption>{image}</figure>"
+    more = f"<p class='sub'>{escaped(' '.join(rest))}</p>" if rest else ""
+    return f"<p class='headline'>{escaped(first)}</p>{more}"
 
 
 def _with_interval(
@@ -213,7 +184,7 @@ def _summary(data: ReportData) -> str:
         "leans on text alone. Small numbers are 95 % intervals; differences are in points."
     )
     if not data.summary:
-        return _section("In short", lead, "<p class='empty'>No results.</p>")
+        return html_section("In short", lead, "<p class='empty'>No results.</p>")
     found = {(row["measure"], row["objective"], row["versus"]): row for row in data.summary}
     measures = [m for m in MEASURE_NAMES if any(row["measure"] == m for row in data.summary)]
     rows = []
@@ -221,12 +192,12 @@ def _summary(data: ReportData) -> str:
         for objective in data.objectives:
             cells = [found.get((measure, objective, versus)) for measure in measures]
             if any(cells):
-                label = _text(objective) + (f" <span class='muted'>minus {BASELINE}</span>" if versus else "")
+                label = escaped(objective) + (f" <span class='muted'>minus {BASELINE}</span>" if versus else "")
                 show = [points if versus and m != "sfd_reduction" else percent for m in measures]
                 rows.append([label, *map(_with_interval, cells, show)])
     seeds = max(row["seeds"] for row in data.summary)
     note = f"<p class='muted'>{seeds} seed{'s' if seeds > 1 else ''}.</p>"
-    return _section("In short", lead, _table(["", *(MEASURE_NAMES[m] for m in measures)], rows) + note)
+    return html_section("In short", lead, html_table(["", *(MEASURE_NAMES[m] for m in measures)], rows) + note)
 
 
 def _heat_maps(data: ReportData, field: Literal["accuracy", "sfd"], name: str) -> str:
@@ -236,7 +207,7 @@ def _heat_maps(data: ReportData, field: Literal["accuracy", "sfd"], name: str) -
         if any(row[field] is not None for row in rows):
             png = heat_map(rows, field, trains=data.trains, tests=data.tests, iid=data.iid)
             cells = "; ".join(f"{row['train']} on {row['test']} {percent(row[field])}" for row in rows)
-            figures.append(_png_figure(png, objective, f"{name} of {objective} in percent: {cells}"))
+            figures.append(png_figure(png, objective, f"{name} of {objective} in percent: {cells}"))
     return f"<div class='grid'>{''.join(figures)}</div>" if figures else "<p class='empty'>Nothing measured.</p>"
 
 
@@ -246,7 +217,7 @@ def _matrix(data: ReportData) -> str:
         "model was trained on. A model that learnt a text cue is blue in the outlined cells and red where the cue is "
         "reversed."
     )
-    return _section("Trained here, tested there", lead, _heat_maps(data, "accuracy", "Accuracy"))
+    return html_section("Trained here, tested there", lead, _heat_maps(data, "accuracy", "Accuracy"))
 
 
 def _sfd(data: ReportData) -> str:
@@ -255,7 +226,7 @@ def _sfd(data: ReportData) -> str:
         "model does not care whether text alone would do; near 100 it fails wherever text alone fails. "
         "The text-only model itself is at 100 by definition. A dash: one side is empty."
     )
-    return _section("How much hangs on the text shortcut (SFD)", lead, _heat_maps(data, "sfd", "SFD"))
+    return html_section("How much hangs on the text shortcut (SFD)", lead, _heat_maps(data, "sfd", "SFD"))
 
 
 def _sfc(data: ReportData) -> str:
@@ -270,10 +241,10 @@ def _sfc(data: ReportData) -> str:
             continue
         caption = f"{history.train}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         alt = f"Density of the SFC over the training steps on {caption}, with its mean"
-        figures.append(_png_figure(sfc_over_training(history), caption, alt))
+        figures.append(png_figure(sfc_over_training(history), caption, alt))
     reason = _TOO_SHORT if pooled else "No SFC was recorded."
     content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{reason}</p>"
-    return _section("SFC over training", lead, content)
+    return html_section("SFC over training", lead, content)
 
 
 def _curves(data: ReportData) -> str:
@@ -284,9 +255,9 @@ def _curves(data: ReportData) -> str:
     for measure in dict.fromkeys(curve.measure for curve in drawn):
         curves = [curve for curve in drawn if curve.measure == measure]
         alt = f"{measure} over the training steps of {', '.join(curve.label for curve in curves)}"
-        figures.append(_png_figure(training_curves(curves), measure, alt))
+        figures.append(png_figure(training_curves(curves), measure, alt))
     content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{_TOO_SHORT}</p>"
-    return _section("Training", "Accuracy on the training batches, averaged over each logging interval.", content)
+    return html_section("Training", "Accuracy on the training batches, averaged over each logging interval.", content)
 
 
 def _examples(data: ReportData) -> str:
@@ -300,21 +271,21 @@ def _examples(data: ReportData) -> str:
         for kind in ("highest", "lowest"):
             cards = [_card(e) for e in data.examples if e.train == train and e.kind == kind]
             if cards:
-                parts.append(f"<h3>{_text(train)}: {kind} SFC</h3><div class='grid'>{''.join(cards)}</div>")
+                parts.append(f"<h3>{escaped(train)}: {kind} SFC</h3><div class='grid'>{''.join(cards)}</div>")
     content = "".join(parts) or "<p class='empty'>No comparisons were kept.</p>"
-    return _section("Comparisons with the highest and lowest SFC", lead, content)
+    return html_section("Comparisons with the highest and lowest SFC", lead, content)
 
 
 def _card(example: SfcExample) -> str:
     return (
-        f"<article class='card {example.kind}'>{_image_html(example.image, example.prompt)}"
-        f"<p class='prompt'>{_text(example.prompt)}</p>"
-        f"<p class='answer good'><b>chosen</b>{_text(example.chosen)}</p>"
-        f"<p class='answer bad'><b>rejected</b>{_text(example.rejected)}</p>"
+        f"<article class='card {example.kind}'>{image_html(example.image, example.prompt)}"
+        f"<p class='prompt'>{escaped(example.prompt)}</p>"
+        f"<p class='answer good'><b>chosen</b>{escaped(example.chosen)}</p>"
+        f"<p class='answer bad'><b>rejected</b>{escaped(example.rejected)}</p>"
         f"<p class='margins'><span>SFC <b>{example.sfc:.2f}</b></span>"
         f"<span title='margin with the image'>d <b>{_signed(example.primary_margin)}</b></span>"
         f"<span title='margin from text alone'>b <b>{_signed(example.proxy_margin)}</b></span></p>"
-        f"<p class='meaning'>{_text(_meaning(example))}</p></article>"
+        f"<p class='meaning'>{escaped(_meaning(example))}</p></article>"
     )
 
 
@@ -336,51 +307,18 @@ def _verdict(margin: float) -> str:
     return "right" if margin > 0 else "wrong" if margin < 0 else "undecided"
 
 
-def _image_html(image: bytes | None, prompt: str) -> str:
-    if image is None:
-        return "<p class='noimage'>no image</p>"
-    try:
-        encoded, mime, tiny = _reencode(image)
-    except (*DECODE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"<p class='noimage'>image cannot be shown: {_text(error)}</p>"
-    source = f"data:{mime};base64,{base64.b64encode(encoded).decode('ascii')}"
-    return (
-        f"<img class='{'tiny' if tiny else 'photo'}' src='{source}' alt='Image of the prompt: {_text(prompt[:120])}'>"
-    )
-
-
-def _reencode(image: bytes) -> tuple[bytes, str, bool]:
-    """The image made small enough for a page: (encoded bytes, MIME type, whether it is tiny)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(io.BytesIO(image), formats=FORMATS)
-    if opened.width * opened.height > MAX_PIXELS:
-        raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-    upright = ImageOps.exif_transpose(opened)
-    tiny = max(upright.size) <= _TINY_SIDE
-    upright.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
-    buffer = io.BytesIO()
-    if tiny:
-        upright.convert("RGBA").save(buffer, "PNG")
-        return buffer.getvalue(), "image/png", True
-    flat = Image.new("RGB", upright.size, "white")
-    flat.paste(upright.convert("RGB"), mask=upright.convert("RGBA").getchannel("A"))
-    flat.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue(), "image/jpeg", False
-
-
 def _how(data: ReportData) -> str:
-    parts = [f"<pre>{_text(data.command)}</pre>"] if data.command else []
+    parts = [f"<pre>{escaped(data.command)}</pre>"] if data.command else []
     if data.facts:
-        parts.append(_table(("", ""), ((_text(name), _text(value)) for name, value in data.facts.items())))
+        parts.append(html_table(("", ""), ((escaped(name), escaped(value)) for name, value in data.facts.items())))
     if data.quarantined:
         counts = collections.Counter((row.file, quarantine_kind(row)) for row in data.quarantined)
-        shown = [(_text(file), _text(kind), str(n)) for (file, kind), n in counts.most_common(30)]
+        shown = [(escaped(file), escaped(kind), str(n)) for (file, kind), n in counts.most_common(30)]
         rest = len(counts) - len(shown)
         total = len(data.quarantined)
-        parts.append(f"<h3>Rows that could not be used: {total}</h3>" + _table(("file", "reason", "rows"), shown))
+        parts.append(f"<h3>Rows that could not be used: {total}</h3>" + html_table(("file", "reason", "rows"), shown))
         parts.append(f"<p class='muted'>and {rest} more kinds</p>" if rest else "")
-    return _section("How it was run", "", "".join(parts))
+    return html_section("How it was run", "", "".join(parts))
 
 
 def _all_cells(data: ReportData) -> str:
@@ -404,19 +342,19 @@ def _all_cells(data: ReportData) -> str:
         margin = row.get("mean_margin")
         rows.append(
             (
-                *(_text(row[field]) for field in ("objective", "train", "test")),
+                *(escaped(row[field]) for field in ("objective", "train", "test")),
                 {"iid": "i.i.d.", "ood": "o.o.d.", "other": ""}[cell_kind(row["train"], row["test"], data.iid)],
-                _text(row["seed"]),
-                _text(row["n"]),
+                escaped(row["seed"]),
+                escaped(row["n"]),
                 _with_interval(row, percent, "accuracy_low", "accuracy_high", "accuracy"),
                 _with_interval(row, points, "sfd_low", "sfd_high", "sfd"),
                 percent(row["accuracy_shortcut_right"]),
-                "–" if row["n_shortcut_right"] is None else _text(row["n_shortcut_right"]),
+                "–" if row["n_shortcut_right"] is None else escaped(row["n_shortcut_right"]),
                 percent(row["accuracy_shortcut_wrong"]),
-                "–" if row["n_shortcut_wrong"] is None else _text(row["n_shortcut_wrong"]),
+                "–" if row["n_shortcut_wrong"] is None else escaped(row["n_shortcut_wrong"]),
                 "–" if margin is None else _signed(margin),
             )
         )
-    table = f"<details><summary>Show {len(rows)} rows</summary>{_table(header, rows)}</details>"
+    table = f"<details><summary>Show {len(rows)} rows</summary>{html_table(header, rows)}</details>"
     lead = "One row for each trained model and test, with both terms of the SFD and the sizes they rest on."
-    return _section("All numbers", lead, table if rows else "<p class='empty'>No results.</p>")
+    return html_section("All numbers", lead, table if rows else "<p class='empty'>No results.</p>")

@@ -37,6 +37,8 @@ td small { display: block; color: var(--muted); font-size: .75rem; }
 .value { font-weight: 600; }
 .grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr));
   align-items: start; }
+.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); margin: 18px 0; }
+.wrap td { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: 14px; background: #fff; overflow: hidden; }

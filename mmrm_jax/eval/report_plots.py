@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 
 _DPI = 180
 _LABEL = 24  # characters
-_INK = "#1d2733"
-_MUTED = "#66717e"
+INK = "#1d2733"
+MUTED = "#66717e"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def heat_map(
         if row["train"] in trains and row["test"] in tests and row[field] is not None:
             values[trains.index(row["train"]), tests.index(row["test"])] = row[field]
     low, high, colours = (0.0, 1.0, "RdBu") if field == "accuracy" else (-1.0, 1.0, "PuOr_r")
-    figure = _figure(1.5 + 0.78 * max(2, len(tests)), 1.2 + 0.52 * max(2, len(trains)))
+    figure = new_figure(1.5 + 0.78 * max(2, len(tests)), 1.2 + 0.52 * max(2, len(trains)))
     axes = figure.add_subplot()
     # The ends of the map are too dark for dark numbers: the scale stops short of them.
     middle, reach = (low + high) / 2, 1.35 * (high - low) / 2
@@ -91,26 +91,26 @@ def heat_map(
         for j, test in enumerate(tests):
             text = "–" if np.isnan(values[i, j]) else f"{100 * values[i, j]:.1f}"
             own = iid.get(train) == test
-            ink = "white" if abs(values[i, j] - middle) > 0.85 * (high - low) / 2 else _INK
+            ink = "white" if abs(values[i, j] - middle) > 0.85 * (high - low) / 2 else INK
             weight = "bold" if own else "normal"
             axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=11.5, fontweight=weight)
             if own:
-                outline = Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, fill=False, edgecolor=_INK, linewidth=1.8)
+                outline = Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.8)
                 axes.add_patch(outline)
     axes.set_xticks(
-        range(len(tests)), [_plain(test) for test in tests], rotation=25, ha="right", rotation_mode="anchor"
+        range(len(tests)), [axis_label(test) for test in tests], rotation=25, ha="right", rotation_mode="anchor"
     )
-    axes.set_yticks(range(len(trains)), [_plain(train) for train in trains])
+    axes.set_yticks(range(len(trains)), [axis_label(train) for train in trains])
     axes.set_xlabel("tested on")
     axes.set_ylabel("trained on")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _png(figure)
+    return to_png(figure)
 
 
 def sfc_over_training(history: SfcHistory) -> bytes:
     """Step on x, SFC on y, share of comparisons as colour, and the mean as a line."""
-    figure = _figure(4.6, 3.0)
+    figure = new_figure(4.6, 3.0)
     axes = figure.add_subplot()
     counts = np.asarray(history.counts, np.float64)
     total = counts.sum(axis=1, keepdims=True)
@@ -126,25 +126,25 @@ def sfc_over_training(history: SfcHistory) -> bytes:
             mesh, ax=axes, label="share of comparisons", format=lambda value, _: f"{100 * value:.0f} %"
         )
         bar.outline.set_visible(False)  # type: ignore[operator]
-    axes.axhline(0.5, color=_MUTED, linewidth=0.8, linestyle=":")
+    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_ylim(float(history.edges[0]), float(history.edges[-1]))
     axes.set_xlabel("training step")
     axes.set_ylabel("SFC")
-    return _png(figure)
+    return to_png(figure)
 
 
 def training_curves(curves: Sequence[Curve]) -> bytes:
     """Curves of one measure, one line a run."""
-    figure = _figure(4.6, 3.0)
+    figure = new_figure(4.6, 3.0)
     axes = figure.add_subplot()
     for curve in curves:
-        axes.plot(curve.steps, curve.values, linewidth=1.3, label=_plain(curve.label))
+        axes.plot(curve.steps, curve.values, linewidth=1.3, label=axis_label(curve.label))
     axes.set_xlabel("training step")
-    axes.set_ylabel(_plain(curves[0].measure))
+    axes.set_ylabel(axis_label(curves[0].measure))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return _png(figure)
+    return to_png(figure)
 
 
 def pool_seeds(histories: Sequence[SfcHistory]) -> list[tuple[SfcHistory, tuple[int, ...]]]:
@@ -170,19 +170,21 @@ def _cell_edges(steps: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K1"]:
     return np.concatenate([[2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]])
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _plain(label: str) -> str:
+def axis_label(label: str) -> str:
     """A label short enough for an axis, without what fonts cannot draw or matplotlib would read as a formula."""
     short = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""How far preference data can be solved without its images: `mmrm audit`."""

@@ -250,7 +250,7 @@ def test_what_is_there_is_used_and_what_is_not_whole_is_made_anew(tmp_path: Path
     assert all(f.stat().st_mtime_ns == before[f][1] for f in others)
     np.testing.assert_array_equal(found.features.blank, made.features.blank)
     damaged.unlink()  # while a run is going on
-    index = made.features.names.index(damaged.stem)
+    index = made.features.names.index((damaged.stem,))
     with pytest.raises(FeatureError, match="the same command makes it anew"):
         made.encode(index)
 

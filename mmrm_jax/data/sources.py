@@ -133,17 +133,20 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
-    found = identities(source)
+    held = draw_holdout(identities(source), fraction, seed)
+    if fraction > 0 and not any(held):
+        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
+    train, validation = (tuple(index for index, out in enumerate(held) if out == side) for side in (False, True))
+    return ViewSource(source, train), ViewSource(source, validation)
+
+
+def draw_holdout(found: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Whether each of these identities is held out, as `split_holdout` does; none is where all are the same."""
     draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(found)}
     order = sorted(draws, key=lambda identity: draws[identity])
-    if fraction > 0 and len(order) < 2:
-        raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
     drawn = sum(draw < fraction for draw in draws.values())
-    count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
-    held_out = set(order[:count])
-    train = tuple(index for index, identity in enumerate(found) if identity not in held_out)
-    validation = tuple(index for index, identity in enumerate(found) if identity in held_out)
-    return ViewSource(source, train), ViewSource(source, validation)
+    held_out = set(order[: min(max(drawn, 1), len(order) - 1) if fraction > 0 and order else 0])
+    return [identity in held_out for identity in found]
 
 
 def identities(source: GroupSource) -> list[str]:
@@ -162,10 +165,10 @@ def identities(source: GroupSource) -> list[str]:
     found = divided(one, len(source))
     for problem in [each["problem"] for each in found if "problem" in each]:
         raise DataError(problem)  # in every process
-    return _connected([each["identities"] for each in found])
+    return connected([each["identities"] for each in found])
 
 
-def _connected(found: Sequence[Sequence[str]]) -> list[str]:
+def connected(found: Sequence[Sequence[str]]) -> list[str]:
     """The least of all identities that each of these sets is connected with."""
     above: dict[str, str] = {}
 

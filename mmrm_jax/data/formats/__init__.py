@@ -58,7 +58,7 @@ class Format:
         """The fields that a row lacks, spelt for a message; of those of which one is enough, all as one."""
         lacking = [spelt(field, row) for field in self.fields if field not in row]
         if self.one_of and all(row.get(field) is None for field in self.one_of):
-            lacking.append(" or ".join(spelt(field, row) for field in self.one_of))
+            lacking.append(" or ".join(f"'{field}'" for field in self.one_of))
         return lacking
 
 

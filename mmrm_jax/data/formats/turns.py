@@ -20,7 +20,6 @@ from mmrm_jax.data.formats.fields import (
     misplaced,
     pictures,
     take,
-    type_name,
     without_places,
 )
 from mmrm_jax.data.templates import IMAGE_PLACEHOLDER
@@ -130,12 +129,8 @@ def turns(field: Field) -> list[Turn]:
         name = f"{field.name}[{i}]"
         names = next((p for p in (("role", "content"), ("from", "value")) if _has(turn, p)), None)
         if names is None:
-            said = (
-                type_name(turn) if not isinstance(turn, dict) else f"object of {', '.join(sorted(turn)) or 'nothing'}"
-            )
-            raise RowError(
-                f"wrong type: '{name}' is a {said}; a turn must have 'role' and 'content', or 'from' and 'value'"
-            )
+            there = f"has {', '.join(sorted(turn)) or 'no fields'}" if isinstance(turn, dict) else "is no object"
+            raise RowError(f"no turn: '{name}' {there}; a turn must have 'role' and 'content', or 'from' and 'value'")
         speaker = turn[names[0]]
         content = Field(f"{name}.{names[1]}", turn[names[1]])
         found.append(Turn(_SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, content))

@@ -105,6 +105,8 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
             quarantined = [entry for entry in quarantined if entry not in recorded]
             self.reports.append(FileReport(split, path, written, comparisons, len(quarantined)))
             self.quarantined += sorted(quarantined, key=lambda entry: entry.row)
+        if not key:
+            raise DataError(f"no group of the split {split!r} can be used; see what was left out", self.quarantined)
 
 
 def _image_problem(group: Group, problems: dict[Path, str | None]) -> str | None:

@@ -74,8 +74,12 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
         image_root: Path | None,
         strict: bool,
         wanted: Callable[[Group], bool] = lambda group: True,
+        record: bool = True,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (key, example) of every wanted group whose images decode; raises DataError where a file has none."""
+        """Yield (key, example) of every wanted group whose images decode; raises DataError where a file has none.
+
+        Rows that make no group are put on record, unless the files are read for another split, which does it.
+        """
         key, known = 0, {}
         problems: dict[Path, str | None] = {}
         mine = self.seen.setdefault(split, [])
@@ -96,13 +100,13 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
                         key, written, comparisons = key + 1, written + 1, comparisons + len(each.comparisons)
                         continue
                     each = Quarantined(each.file, each.row, problem, each.id)
+                elif not record:
+                    continue
                 quarantined.append(each)
                 if strict:
                     raise_first(quarantined)
             if not written + left:
                 raise nothing_usable(path, quarantined)
-            recorded = set(self.quarantined)  # by another split of the same file
-            quarantined = [entry for entry in quarantined if entry not in recorded]
             self.reports.append(FileReport(split, path, written, comparisons, len(quarantined)))
             self.quarantined += sorted(quarantined, key=lambda entry: entry.row)
         if not key:
@@ -143,8 +147,8 @@ def write_data_set(builder: Callable[[], GroupBuilder], out_dir: Path, manual_di
         with tempfile.TemporaryDirectory() as downloads:  # TFDS insists on a folder, though nothing is downloaded
             config = tfds.download.DownloadConfig(manual_dir=manual_dir)
             made.download_and_prepare(download_dir=downloads, download_config=config)
-    quarantined = tuple(dict.fromkeys(made.quarantined))
-    write_quarantine(quarantine_file, quarantined)
+    write_quarantine(quarantine_file, made.quarantined)
     shared = overlaps(made.seen)
     write_overlaps(duplicates_file, shared)
-    return PrepareResult(directory, quarantine_file, tuple(made.reports), quarantined, duplicates_file, tuple(shared))
+    reports, quarantined = tuple(made.reports), tuple(made.quarantined)
+    return PrepareResult(directory, quarantine_file, reports, quarantined, duplicates_file, tuple(shared))

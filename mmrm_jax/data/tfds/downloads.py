@@ -61,6 +61,7 @@ class Downloaded(GroupBuilder, skip_registration=True):
                 image_root=folder,
                 strict=config.strict,
                 wanted=lambda group, side=side: ((group.file, group.row) in held) == side,
+                record=not side,
             )
             for split, side in sides.items()
         }

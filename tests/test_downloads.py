@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from commands import run
 from test_formats import POVID, RLAIF_V, RLHF_V, gpt, picture, user, write
 from test_records import completions
 
@@ -99,6 +100,15 @@ def test_what_splits_have_in_common_is_said(tmp_path: Path) -> None:
         ("test", 3, "train", True),
         ("more", 1, "train", False),
     ]
+
+
+def test_the_command_says_what_splits_share(capsys, tmp_path: Path) -> None:
+    fill(tmp_path / "files", "rlaif_v")
+    files = [tmp_path / "files" / "a.parquet", f"test={tmp_path / 'files' / 'b.parquet'}@rlaif-v"]
+    status, out = run(capsys, "prepare", *files, "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+    assert status == 0 and "a and test have 1 image(s)" in " ".join(out.split()) and "duplicates.jsonl" in out
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["overlaps"] == [{"first": "a", "second": "test", "images": 1, "groups": 1}]
 
 
 def test_prepared_groups_keep_all_their_images(tmp_path: Path) -> None:

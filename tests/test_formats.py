@@ -284,6 +284,10 @@ BROKEN = {
         "'prompt' has 1 <image> but the row has 2",
     ),
     "second image": ({**PART, "images": ["i.png", "no.png"]}, "missing image file: 'images[1]' points to"),
+    "bytes as text": (
+        {**PART, "image": {"bytes": "iVBORw0KGgo=", "path": "i.png"}},
+        "'image.bytes' is a text; only Parq",
+    ),
     "null in images": ({**PART, "images": ["i.png", None]}, "wrong type: 'images[1]' is None"),
     "near swift": (
         {"messages": [], "images": []},
@@ -295,7 +299,6 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_row_is_quarantined_with_its_reason(folder: Path, name: str) -> None:
     row, reason = BROKEN[name]
-    row = {**row, "image": None} if isinstance(row.get("image"), dict) and row["image"].get("bytes") else row
     file = write(folder / "f.jsonl", {**PART, "img_path": "i.png"}, row)
     (group,), (entry,) = read_groups(file)
     assert group.row == 1 and (entry.file, entry.row) == (str(file), 2)
@@ -358,6 +361,16 @@ def test_parquet_rows_are_numbered_over_row_groups(folder: Path) -> None:
     groups, quarantined = read_groups(file)
     assert [g.image for g in groups[:2]] == [picture(0), picture(1)] and groups[-1].row == 150
     assert [(q.row, q.reason.split(":")[0]) for q in quarantined] == [(71, "empty response"), (91, "empty image")]
+
+
+def test_parquet_with_messages(folder: Path) -> None:
+    """Parts of both kinds have the fields of either; images are structs in a list."""
+    parts = [{"type": "image", "text": None}, {"type": "image", "text": None}, {"type": "text", "text": "p"}]
+    shown = [{"bytes": picture(i), "path": None} for i in range(2)]
+    row = {**TRL, "images": shown, "prompt": [{"role": "user", "content": parts}], "margin": None}
+    (group,), quarantined = read_groups(write(folder / "f.parquet", row))
+    assert quarantined == [] and group.images == (picture(0), picture(1)) and group.image_name is None
+    assert group.prompt == "<image>\n<image>\np" and group.comparisons == (Comparison(0, 1),)
 
 
 def test_parquet_with_vlfeedback_as_lists_and_text_that_is_none(folder: Path) -> None:

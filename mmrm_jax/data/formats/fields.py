@@ -172,7 +172,13 @@ def _image(field: Field, origin: Origin) -> Path | bytes:
     if isinstance(value, RowError):
         raise value
     if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        content = value.get("bytes")
+        if content is not None and not isinstance(content, bytes):
+            raise RowError(
+                f"wrong type: '{field.name}.bytes' is a {type_name(content)}; only Parquet holds bytes: save the image "
+                "as a file and name its path"
+            )
+        value = value.get("path") if content is None else content
     if isinstance(value, bytes):
         if not value:
             raise RowError(f"empty image: '{field.name}' has no bytes; remove the row or fill it in")

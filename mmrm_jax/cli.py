@@ -114,7 +114,7 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     for overlap in result.overlaps:
         console.print(describe_overlap(overlap), style="yellow", markup=False, highlight=False)
     if result.overlaps:
-        console.print(f"all of them: {result.duplicates_file}")
+        console.print(f"all of them: {result.duplicates_file}", soft_wrap=True)
     for split in [r.split for r in result.reports if r.comparisons][:1]:
         train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
         console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)

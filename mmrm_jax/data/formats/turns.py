@@ -110,7 +110,7 @@ def read_trl(row: Row) -> Record:
         shared = _shared(chosen, rejected)
         prompt = _joined(_asked(chosen[:shared], "chosen"), len(images))
         chosen, rejected = chosen[shared:], rejected[shared:]
-    answers = (_joined(_only(turns, name), 0) for turns, name in ((chosen, "chosen"), (rejected, "rejected")))
+    answers = (_joined(_only(answer, name), 0) for answer, name in ((chosen, "chosen"), (rejected, "rejected")))
     return Record(prompt, images, tuple(answers))
 
 

@@ -101,6 +101,7 @@ def evaluate(argv: Sequence[str], console: Console) -> dict[str, Any]:
 
 def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See PrepareArgs."""
+    from mmrm_jax.data.overlap import describe_overlap
     from mmrm_jax.data.records import summarise_quarantine
     from mmrm_jax.data.tfds.preference_files import prepare as write
 
@@ -111,12 +112,18 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if result.quarantined:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
+    for overlap in result.overlaps:
+        console.print(describe_overlap(overlap), style="yellow", markup=False, highlight=False)
+    if result.overlaps:
+        console.print(f"all of them: {result.duplicates_file}", soft_wrap=True)
     for split in [r.split for r in result.reports if r.comparisons][:1]:
         train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
         console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
-    return _written(
-        args.json, {"directory": str(result.directory), "splits": [dataclasses.asdict(r) for r in result.reports]}
-    )
+    shared = [
+        {"first": o.first, "second": o.second, "images": o.images, "groups": len(o.groups)} for o in result.overlaps
+    ]
+    splits = [dataclasses.asdict(r) for r in result.reports]
+    return _written(args.json, {"directory": str(result.directory), "splits": splits, "overlaps": shared})
 
 
 def audit(argv: Sequence[str], console: Console) -> dict[str, Any]:

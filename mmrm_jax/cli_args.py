@@ -78,7 +78,8 @@ class TrainArgs:
     The first argument may be a Python file that defines `config`, a TrainConfig; options override its fields.
 
     Attributes:
-        spec: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        spec: A preference file (FILE@FORMAT where its format is not to be told from its rows), or DIRECTORY:SPLIT of a
+            prepared data set.
         out: Run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints. A run that was interrupted
             goes on from its last checkpoint when the command is given again. SIGTERM and Ctrl-C save first; the exit
             status is then 75 or 130. Several processes need a directory that all of them see.
@@ -111,7 +112,8 @@ class EvaluateArgs:
 
     Attributes:
         run: Run directory of `mmrm train`, or a cell of `mmrm matrix` or `mmrm quickstart`: OUT/cells/NAME.
-        data: A preference file, or DIRECTORY:SPLIT of a prepared data set.
+        data: A preference file (FILE@FORMAT where its format is not to be told from its rows), or DIRECTORY:SPLIT of a
+            prepared data set.
         image_root: Folder that image paths are relative to; None takes the data file's.
         json: Also write the results to this file.
         step: Of the checkpoint to evaluate; None takes the last.
@@ -128,11 +130,12 @@ class EvaluateArgs:
 class PrepareArgs:
     """Validate preference files and write them as one data set (TFDS, ArrayRecord), one split a file.
 
-    Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason.
+    Every image is decoded once. Rows that cannot be used go to quarantine.jsonl with file, row and reason; rows whose
+    image an earlier split shows, too, are said, and listed in duplicates.jsonl.
 
     Attributes:
-        files: Preference files: the authors' pairwise JSONL, or VLFeedback. A split is named after its file; SPLIT=FILE
-            gives it another name.
+        files: Preference files: JSONL, a JSON list or Parquet, in any of the formats of the README. A split is named
+            after its file; SPLIT=FILE gives it another name, FILE@FORMAT says what format its rows are in.
         out: Directory of the data set; read a split of it as DIRECTORY:SPLIT.
         image_root: Folder that image paths are relative to; None takes each file's own.
         strict: Stop at the first bad row.
@@ -195,7 +198,8 @@ class ScoreArgs:
 
     Attributes:
         model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
-        data: {"prompt", "img_path", "responses"} or preference rows, or DIRECTORY:SPLIT of a prepared data set.
+        data: {"prompt", "img_path", "responses"} or preference rows, in a FILE or as FILE@FORMAT, or DIRECTORY:SPLIT of
+            a prepared data set.
         out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score".
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.

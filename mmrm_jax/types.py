@@ -32,9 +32,10 @@ class Comparison:
 class Group:
     """One validated record: an image and prompt with N responses and their comparisons.
 
-    `image` is a file path, the encoded bytes themselves, or None for a text-only record. `file` and `row`
-    (1-based) say where the record came from, for error messages; `image_name` is the path as the record gives it.
-    `joined` has (file, row, id) of each record where several were made one group.
+    `image` is a file path, the encoded bytes themselves, or None for a text-only record; `more_images` are those that
+    a prompt has beside it, in order. `file` and `row` (1-based) say where the record came from, for error messages;
+    `image_name` is the path as the record gives it, `joined` has (file, row, id) of each record where several were made
+    one group.
     """
 
     id: str
@@ -47,6 +48,12 @@ class Group:
     row: int
     image_name: str | None = dataclasses.field(default=None, compare=False)
     joined: tuple[tuple[str, int, str], ...] = ()
+    more_images: tuple[Path | bytes, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path | bytes, ...]:
+        """All images of the prompt, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -275,9 +275,9 @@ def test_a_chat_template_spells_its_conversation(name):
     template = environment.from_string(chat_template(TEMPLATES[name], "<IMG_CONTEXT>"))
     image = "<img><IMG_CONTEXT></img>"
     rendered = template.render(messages=messages).replace("<IMG_CONTEXT>", image)
-    assert rendered == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "A “pear”\n."))
+    assert rendered == spell(TEMPLATES[name].pieces(("", "\nWhat?"), (1,), "A “pear”\n."))
     asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
-    assert asked.rstrip() == spell(TEMPLATES[name].pieces("", 1, "\nWhat?", "")).rstrip()
+    assert asked.rstrip() == spell(TEMPLATES[name].pieces(("", "\nWhat?"), (1,), "")).rstrip()
 
 
 def test_the_chat_layout_has_the_files_that_others_read(capsys, trained, tmp_path):
@@ -288,7 +288,7 @@ def test_the_chat_layout_has_the_files_that_others_read(capsys, trained, tmp_pat
     assert images.items() >= (want | {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}).items()
     template = ImmutableSandboxedEnvironment().from_string((out / "chat_template.jinja").read_text())
     asked = template.render(messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
-    assert asked == spell(TEMPLATES["chatml-plain"].pieces("<image>\n?", 0, "", "r")).partition("<|im_end|>")[0]
+    assert asked == spell(TEMPLATES["chatml-plain"].pieces(("<image>\n?",), (), "r")).partition("<|im_end|>")[0]
     # What the base has of its own is kept, and stands for what would be made.
     base = tmp_path / "base"
     shutil.copytree(MODEL_DIR, base)

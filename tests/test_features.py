@@ -235,6 +235,19 @@ def test_each_image_is_made_once(tmp_path: Path, checkpoint, cache) -> None:
     assert "features of 4 images, 0 of them made now" in said and len(again) == 2
 
 
+def test_several_images_of_a_group_have_the_features_of_each(tmp_path: Path, checkpoint) -> None:
+    both = dataclasses.replace(group(0, IMAGES[2]), more_images=(IMAGES[3],))
+    data, _ = index_source(MemorySource((both, group(1, IMAGES[3]))), checkpoint.processor, VIEWS, cache=True)
+    (made, alone), said = kept([data, source(checkpoint, IMAGES[2:4])], checkpoint, config_of(tmp_path))
+    assert "features of 2 images, 2 of them made now" in said and made.shapes[0].tiles == 3 + 4
+    each = [alone.encode(i).tiles for i in range(2)]
+    np.testing.assert_array_equal(made.encode(0).tiles, np.concatenate(each))
+    np.testing.assert_array_equal(made.encode(1).tiles, each[1])
+    made.features.store.file(made.features.names[0][1]).unlink()
+    with pytest.raises(FeatureError, match="the same command makes it anew"):
+        made.encode(0)
+
+
 def test_what_is_there_is_used_and_what_is_not_whole_is_made_anew(tmp_path: Path, checkpoint) -> None:
     data, config = source(checkpoint, IMAGES), config_of(tmp_path)
     (made,), _ = kept([data], checkpoint, config)
@@ -250,7 +263,7 @@ def test_what_is_there_is_used_and_what_is_not_whole_is_made_anew(tmp_path: Path
     assert all(f.stat().st_mtime_ns == before[f][1] for f in others)
     np.testing.assert_array_equal(found.features.blank, made.features.blank)
     damaged.unlink()  # while a run is going on
-    index = made.features.names.index(damaged.stem)
+    index = made.features.names.index((damaged.stem,))
     with pytest.raises(FeatureError, match="the same command makes it anew"):
         made.encode(index)
 

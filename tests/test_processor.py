@@ -244,3 +244,25 @@ def test_unusable_settings_are_named(files: dict, message: str, tiny, tmp_path) 
     write(tmp_path, **files)
     with pytest.raises(ValueError, match=rf"(?s){message}"):
         Processor.from_pretrained(tmp_path, V)
+
+
+def test_several_images_of_a_prompt(native) -> None:
+    """Tiles of each image, in order, at its own place; the blank tile in the place of each; none for `absent`."""
+    processor = Processor.from_pretrained(native, V, max_tiles=3)
+    wide, square = native / "wide.png", native / "square.png"
+    for path, size in ((wide, (28, 56, 3)), (square, (28, 28, 3))):
+        Image.fromarray(np.random.default_rng(2).integers(0, 256, size, dtype=np.uint8)).save(path)
+    group = Group("0", "A: <image>\nB: <image>\nsame?", ("the", "cat"), (), wide, "e", "f", 1, more_images=(square,))
+    views = {"primary": "multimodal", "proxy": "blank", "text": "absent", "image": "image_only"}
+    out = processor.encode(group, 0, views)
+    assert out.shape == processor.measure(group, views) and out.shape.tiles == 4  # two, their thumbnail, and one
+    np.testing.assert_array_equal(out.tiles, np.concatenate([processor.tiles(path) for path in (wide, square)]))
+    shown = {branch: c.visual[c.visual >= 0].tolist() for branch, c in out.prefixes.items()}
+    assert shown == {"primary": [*range(4 * V)], "proxy": [*range(V)] * 2, "text": [], "image": [*range(4 * V)]}
+    visual = out.prefixes["primary"].visual
+    gap = np.flatnonzero(visual == 3 * V)[0] - np.flatnonzero(visual == 3 * V - 1)[0]
+    assert gap > 3  # "B: " and the image's own tokens stand between the two
+    text = processor.chat.tokenizer.decode(out.prefixes["text"].tokens.tolist())
+    assert "A: \nB: \nsame?" in text and "<image>" not in text
+    again = processor.encode(group, 0, views, features=[np.zeros((3, V, 2)), np.ones((1, V, 2))])
+    assert again.tiles.shape == (4, V, 2) and again.shape == out.shape

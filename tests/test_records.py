@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from goldens import fixtures
 
-from mmrm_jax.data.formats import mean_rating, rated_pairs
+from mmrm_jax.data.formats.vlfeedback import mean_rating, rated_pairs
 from mmrm_jax.data.records import DataError, read_groups, summarise_quarantine, write_quarantine
 from mmrm_jax.types import Comparison, Group, Quarantined
 

@@ -80,7 +80,7 @@ def test_a_row_whose_responses_cannot_be_told_has_one_line(read, tmp_path, row, 
 
 def test_what_is_no_text_is_left_out_of_the_line(read):
     """NaN, which a row may hold, is no JSON."""
-    (row,) = read('{"prompt": NaN, "img_path": ["i.png"], "responses": [NaN, "a"]}')
+    (row,) = read('{"prompt": NaN, "img_path": {"a": 1}, "responses": [NaN, "a"]}')
     assert [set(line) for line in row.lines] == [{"id", "error"}, {"id", "response", "error"}]
 
 

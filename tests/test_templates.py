@@ -10,14 +10,23 @@ from goldens import fixtures
 
 from mmrm_jax.data import templates
 from mmrm_jax.data.images import Preprocessing
-from mmrm_jax.data.templates import TEMPLATES, ImageSlots, Special, find_template, spell, split_at_image
+from mmrm_jax.data.templates import (
+    TEMPLATES,
+    ImageSlots,
+    Special,
+    find_template,
+    spell,
+    split_at_images,
+    without_images,
+)
 
 every_set = pytest.mark.parametrize("folder", fixtures("templates", "templates.json", "constants.json"))
 
 
 def conversation(name: str, prompt: str, slots: int, answer: str) -> str:
-    before, after = split_at_image(prompt)
-    return spell(TEMPLATES[name].pieces(before, slots, after, answer))
+    parts = split_at_images(prompt, 1)
+    pieces = (parts, (slots,)) if slots else (("".join(parts),), ())
+    return spell(TEMPLATES[name].pieces(*pieces, answer))
 
 
 @every_set
@@ -58,11 +67,11 @@ def test_internvl2_5_by_hand() -> None:
 
 def test_stripping_without_an_image() -> None:
     chat = TEMPLATES["internlm2-chat"]
-    assert spell(chat.pieces(" \n", 0, " a b \n", " c ")).endswith(
+    assert spell(chat.pieces((" \n a b \n",), (), " c ")).endswith(
         "user\na b<|im_end|><|im_start|>assistant\nc<|im_end|>"
     )
     # With one, only the outer ends of the message are its ends.
-    assert chat.pieces(" look \n", 4, " a ", "  ")[-8:] == (
+    assert chat.pieces((" look \n", " a "), (4,), "  ")[-8:] == (
         "look \n",
         Special("<img>"),
         ImageSlots(4),
@@ -88,7 +97,28 @@ def test_stripping_without_an_image() -> None:
     ],
 )
 def test_where_the_image_stands(prompt: str, parts: tuple[str, str]) -> None:
-    assert split_at_image(prompt) == parts
+    assert split_at_images(prompt, 1) == parts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts", "text"),
+    [
+        (
+            "Image-1: <image>\nImage-2: <image>\nSame?",
+            ("Image-1: ", "\nImage-2: ", "\nSame?"),
+            "Image-1: \nImage-2: \nSame?",
+        ),
+        ("<image><image>Same?", ("", "", "Same?"), "Same?"),
+        ("Same?", ("", "\n", "\nSame?"), "Same?"),
+        ("Is <image> a tag?", ("", "\n", "\nIs <image> a tag?"), "Is <image> a tag?"),
+    ],
+)
+def test_where_several_images_stand(prompt: str, parts: tuple[str, ...], text: str) -> None:
+    """In place, as in InternVL's documentation of several images, or all before the prompt."""
+    assert split_at_images(prompt, 2) == parts and without_images(parts) == text
+    spelt = spell(TEMPLATES["chatml-plain"].pieces(parts, (1, 2), "A."))
+    one, two = ("<img>" + "<IMG_CONTEXT>" * n + "</img>" for n in (1, 2))
+    assert f"user\n{parts[0]}{one}{parts[1]}{two}{parts[2]}<|im_end|>" in spelt
 
 
 NATIVE = (

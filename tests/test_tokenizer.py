@@ -241,7 +241,7 @@ def test_any_conversation(chats, kind: str, prompt: str, responses: list[str], t
 @given(texts, texts)
 def test_decoding_gives_the_conversation_back(chats, kind: str, prompt: str, response: str) -> None:
     chat = chats[kind]
-    pieces = chat.template.pieces(prompt, 0, "", response)
+    pieces = chat.template.pieces((prompt,), (), response)
     ids = chat.encode(pieces).tokens[len(chat.vocabulary.start) :]
     spaces = chat.vocabulary.inner or chat.vocabulary.opening
     decoded = chat.tokenizer.decode(ids.tolist(), skip_special_tokens=False)

@@ -80,24 +80,24 @@ def _checksum(features: np.ndarray) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFeatures:
-    """The features of a source's groups: `names[i]` is that of group i's image in the store, None without an image.
+    """The features of a source's groups: `names[i]` are those of group i's images in the store, none without an image.
 
     `problems` says why an image has none: it could not be decoded. `blank` [1, V, I] is those of the white tile.
     """
 
     store: FeatureStore
     blank: np.ndarray = dataclasses.field(repr=False)  # Grain writes out the repr of what it maps
-    names: tuple[str | None, ...] = dataclasses.field(repr=False)
+    names: tuple[tuple[str, ...], ...] = dataclasses.field(repr=False)
     problems: Mapping[str, str] = dataclasses.field(repr=False)
 
-    def of(self, index: int) -> Float[np.ndarray, "T V I"] | None:
-        """The features of a group; None without an image.
+    def of(self, index: int) -> list[Float[np.ndarray, "T V I"]]:
+        """The features of each image of a group.
 
-        Raises ImageError where the image could not be decoded, FeatureError where its features have been lost.
+        Raises ImageError where an image could not be decoded, FeatureError where its features have been lost.
         """
-        name = self.names[index]
-        if name is None:
-            return None
+        return [self._of(name) for name in self.names[index]]
+
+    def _of(self, name: str) -> Float[np.ndarray, "T V I"]:
         if name in self.problems:
             raise ImageError(self.problems[name])
         try:

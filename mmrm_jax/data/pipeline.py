@@ -24,7 +24,7 @@ from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import Buckets, GroupShape, fit_buckets
 from mmrm_jax.data.features import SourceFeatures
 from mmrm_jax.data.images import ImageError
-from mmrm_jax.data.processor import Change, Processor, unchanged
+from mmrm_jax.data.processor import Change, Processor, joined, unchanged
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
@@ -67,18 +67,17 @@ class EncodedSource:
         return {"index": index, "id": group.id, "file": group.file, "row": group.row}
 
     def encode(self, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
-        """The group at `index` as arrays, or why it cannot be used; `change` is done to its image first."""
+        """The group at `index` as arrays, or why it cannot be used; `change` is done to its images first."""
         if index not in self.cache:
             return self.encode_group(self.group(index), index, change)
         encoded = self.cache[index]
         try:
             if self.features is not None:
-                return dataclasses.replace(encoded, tiles=self.features.of(index))
+                return dataclasses.replace(encoded, tiles=joined(self.features.of(index)))
             if change is unchanged or encoded.tiles is None:
                 return encoded
-            image = self.group(index).image
-            assert image is not None  # it has tiles
-            return dataclasses.replace(encoded, tiles=self.processor.tiles(image, change))
+            tiles = [self.processor.tiles(image, change) for image in self.group(index).images]
+            return dataclasses.replace(encoded, tiles=joined(tiles))
         except ImageError as error:
             group = self.group(index)
             return Quarantined(group.file, group.row, str(error), group.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,19 @@ class Processor:
         index: int,
         views: dict[str, BranchInput],
         change: Change = unchanged,
-        features: np.ndarray | None = None,
+        features: Sequence[np.ndarray] | None = None,
     ) -> EncodedGroup:
-        """Tokens and tiles of a group for the branches in `views`; `change` is what is done to its image first.
+        """Tokens and tiles of a group for the branches in `views`; `change` is what is done to its images first.
 
-        Where there are `features` of the image, [T, V, I], they stand in place of its tiles, and it is not read. Raises
-        ImageError or TextError for a group that cannot be used.
+        Where there are `features` of the images, [T, V, I] each, they stand in place of tiles, and no image is read.
+        Raises ImageError or TextError for a group that cannot be used.
         """
-        tiles = features
-        if tiles is None and group.image is not None and _looks(views):
-            tiles = self.tiles(group.image, change)
-        count = 0 if tiles is None else len(tiles)
-        text = encode_texts(self.chat, group.prompt, group.responses, count, views, self.max_length)
-        return EncodedGroup(index, text.prefixes, text.responses, tiles, group.comparisons)
+        shown = features
+        if shown is None:
+            shown = [self.tiles(image, change) for image in group.images] if _looks(views) else []
+        counts = [len(tiles) for tiles in shown]
+        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length)
+        return EncodedGroup(index, text.prefixes, text.responses, joined(shown), group.comparisons)
 
     def tiles(self, image: Path | bytes, change: Change = unchanged) -> UInt8[np.ndarray, "T S S 3"]:
         """The tiles of an image after `change`; raises ImageError where it cannot be read."""
@@ -105,16 +105,22 @@ class Processor:
 
     def measure(self, group: Group, views: dict[str, BranchInput]) -> GroupShape:
         """The padded sizes a group needs, from its text and image header alone; raises as `encode` does."""
-        count = 0
-        if group.image is not None and _looks(views):
-            count = tile_count(*image_size(group.image), self.preprocessing)
-        text = encode_texts(self.chat, group.prompt, group.responses, count, views, self.max_length)
+        images = group.images if _looks(views) else ()
+        counts = [tile_count(*image_size(image), self.preprocessing) for image in images]
+        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length)
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in text.prefixes.items()},
             responses=tuple(map(len, text.responses)),
-            tiles=count,
+            tiles=sum(counts),
             comparisons=len(group.comparisons),
         )
+
+
+def joined(tiles: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The tiles (or features) of all images of a group, one after another; None where it has no image."""
+    if not tiles:
+        return None
+    return tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
 
 
 def _looks(views: dict[str, BranchInput]) -> bool:

@@ -1,6 +1,7 @@
 """Raw preference files to validated groups.
 
-Rows are read by `data.formats`. What cannot be used is returned as `Quarantined` entries; nothing is dropped without
+A file is JSONL, a JSON list or Parquet; its format is what its rows say, or is named after it, as in `FILE@povid`. Rows
+are read by `data.formats`. What cannot be used is returned as `Quarantined` entries; nothing is dropped without
 one.
 """
 
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrm_jax.data.folder import why
-from mmrm_jax.data.formats import Origin, RowError, identity, parse_row
+from mmrm_jax.data.formats import Format, find_format, parse_row
+from mmrm_jax.data.formats.fields import Origin, RowError, identity
 from mmrm_jax.types import Group, Quarantined
 
 
@@ -31,30 +33,56 @@ def read_groups(
     image_root: str | Path | None = None,
     environment: str | None = None,
 ) -> tuple[list[Group], list[Quarantined]]:
-    """Read a JSONL file (or a `.json` file holding a list) of preference or scoring records.
+    """Read a preference file of any known format; what could not be used is returned beside the groups.
 
-    The format is recognised row by row: the authors' pairs, VLFeedback, or scoring input (groups without comparisons).
-    Image paths are relative to `image_root`, by default the file's folder; they are checked to exist, and not opened.
-    `environment` defaults to the file's stem. Raises DataError where the file cannot be read or no row of it can be
-    used.
+    Takes what `each_group` takes. Raises DataError where the file cannot be read or no row of it can be used.
     """
-    path = Path(path)
-    root = path.parent if image_root is None else Path(image_root)
     groups: list[Group] = []
     quarantined: list[Quarantined] = []
+    for each in each_group(path, image_root=image_root, environment=environment):
+        if isinstance(each, Group):
+            groups.append(each)
+        else:
+            quarantined.append(each)
+    if not groups:
+        raise nothing_usable(split_format(path)[0], quarantined)
+    return groups, quarantined
+
+
+def each_group(
+    path: str | Path, *, image_root: str | Path | None = None, environment: str | None = None
+) -> Iterator[Group | Quarantined]:
+    """The groups of a preference file in order, and what of it cannot be used, as it is read.
+
+    The format is recognised row by row, or is named as FILE@FORMAT. Image paths are relative to `image_root`, by
+    default the file's folder; they are checked to exist, and not opened. `environment` defaults to the file's stem.
+    Raises DataError where the file cannot be read.
+    """
+    path, form = split_format(path)
+    root = path.parent if image_root is None else Path(image_root)
     for number, row in read_rows(path):
         origin = Origin(path, number, root, path.stem if environment is None else environment)
         name = identity(row, origin) if isinstance(row, dict) else None
         try:
-            parsed = parse_row(row, origin)
+            parsed = parse_row(row, origin, form)
         except RowError as error:
-            quarantined.append(Quarantined(str(path), number, str(error), name))
+            yield Quarantined(str(path), number, str(error), name)
             continue
-        quarantined += [Quarantined(str(path), number, reason, name) for reason in parsed.dropped]
-        groups.append(parsed.group)
-    if not groups:
-        raise nothing_usable(path, quarantined)
-    return groups, quarantined
+        yield from (Quarantined(str(path), number, reason, name) for reason in parsed.dropped)
+        yield parsed.group
+
+
+def split_format(path: str | Path) -> tuple[Path, Format | None]:
+    """(file, format) of FILE@FORMAT; no format for a file alone. Raises DataError for a format that is not known."""
+    path = Path(path)
+    name, at, key = path.name.rpartition("@")
+    if not at or path.exists():
+        return path, None
+    file = path.with_name(name) if name else path
+    try:
+        return file, find_format(key)
+    except ValueError as error:
+        raise DataError(f"{path} does not exist; if {file} is meant, {error}") from error
 
 
 def nothing_usable(path: Path, quarantined: Sequence[Quarantined]) -> DataError:
@@ -115,6 +143,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises DataError where the file cannot be read.
     """
+    if path.suffix == ".parquet":
+        yield from enumerate(_read_parquet(path), start=1)
+        return
     text = _read_text(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
@@ -131,6 +162,19 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _parse_line(line)
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    from mmrm_jax.data.parquet import ParquetError, parquet_rows
+
+    try:
+        for row in parquet_rows(path):
+            bad = isinstance(row, UnicodeDecodeError)
+            yield RowError(f"broken text: the row is not UTF-8: {row.reason}; fix its encoding") if bad else row
+    except ParquetError as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}; download or write it again") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _is_list(text: str) -> bool:
@@ -155,9 +199,14 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path} is not UTF-8 text: line {line} has a wrong byte; a preference file is JSONL or a JSON list"
+            f"{path} is not UTF-8 text: line {line} has a wrong byte; a preference file is JSONL, a "
+            "JSON list, or Parquet named *.parquet"
         ) from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {why(error)}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path} does not exist")
+    return DataError(f"{path} cannot be read: {why(error)}")

@@ -6,8 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mmrm_jax.data.formats import Origin, RowError, check_response, identity, image_field, list_responses, make_group
-from mmrm_jax.data.records import DataError, read_rows
+from mmrm_jax.data.formats import Format, read_record
+from mmrm_jax.data.formats.fields import (
+    Field,
+    Origin,
+    Record,
+    RowError,
+    check_response,
+    identity,
+    image_names,
+    make_group,
+    pictures,
+    take,
+)
+from mmrm_jax.data.records import DataError, read_rows, split_format
 from mmrm_jax.types import Group
 
 
@@ -29,35 +41,37 @@ class ScoringRow:
 def read_scoring(path: Path, image_root: Path | None) -> list[ScoringRow]:
     """Every row of a file in any known format; image paths are relative to `image_root`, by default the file's folder.
 
-    Raises DataError where the file cannot be read or has no rows.
+    The format may be named, as FILE@FORMAT. Raises DataError where the file cannot be read or has no rows.
     """
+    path, form = split_format(path)
     root = path.parent if image_root is None else image_root
-    rows = [scoring_row(row, Origin(path, number, root, path.stem)) for number, row in read_rows(path)]
+    rows = [scoring_row(row, Origin(path, number, root, path.stem), form) for number, row in read_rows(path)]
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
 
 
-def scoring_row(row: Any, origin: Origin) -> ScoringRow:
+def scoring_row(row: Any, origin: Origin, form: Format | None = None) -> ScoringRow:
     """What a row's JSON value, or the RowError in place of one, asks to be scored."""
-    file, known = str(origin.file), _known(row, origin)
+    file = str(origin.file)
     try:
-        responses = list_responses(row)
-        if not responses:
+        record = read_record(row, form)
+        if not record.responses:
             raise RowError("no responses: there is nothing to score")
     except RowError as error:
-        line = known | {"file": file, "row": origin.row, "error": str(error)}
+        line = _known_of(row, origin) | {"file": file, "row": origin.row, "error": str(error)}
         return ScoringRow(file, origin.row, (line,), None)
-    problems = [_problem(field, value) for field, value in responses]
-    kept = tuple(value for (_, value), problem in zip(responses, problems, strict=True) if problem is None)
+    problems = [_problem(field) for field in record.responses]
+    kept = tuple(field.value for field, problem in zip(record.responses, problems, strict=True) if problem is None)
     group = None
     try:
-        group = make_group(row, origin, kept, ()) if kept else None
+        group = make_group(record, row, origin, kept, ()) if kept else None
     except RowError as error:
         problems = [problem or str(error) for problem in problems]
+    known = _known(row, origin, record)
     lines = [
-        known | _texts({"response": value}) | ({} if problem is None else {"error": problem})
-        for (_, value), problem in zip(responses, problems, strict=True)
+        known | _texts({"response": field.value}) | ({} if problem is None else {"error": problem})
+        for field, problem in zip(record.responses, problems, strict=True)
     ]
     return ScoringRow(file, origin.row, tuple(lines), group)
 
@@ -68,11 +82,20 @@ def row_of_group(group: Group) -> ScoringRow:
     return ScoringRow(group.file, group.row, tuple(place | {"response": r} for r in group.responses), group)
 
 
-def _known(row: Any, origin: Origin) -> dict[str, Any]:
+def _known_of(row: Any, origin: Origin) -> dict[str, Any]:
+    """What is known of a row whose responses cannot be told."""
     if not isinstance(row, dict):
         return {}
-    named = {"prompt": "prompt", "img_path": image_field(row)}
-    return {"id": identity(row, origin)} | _texts({ours: row[field] for ours, field in named.items() if field in row})
+    return _known(row, origin, Record(take(row, "prompt"), pictures(row), ()))
+
+
+def _known(row: dict[str, Any], origin: Origin, record: Record) -> dict[str, Any]:
+    """The row's id and, as far as the row says, its prompt and the path of its image, or of all of them."""
+    names = image_names(record)
+    shown = {"img_path": names[0] if len(names) == 1 else names} if names else {}
+    if not record.images:
+        shown = {"img_path": None}
+    return {"id": identity(row, origin)} | _texts({"prompt": record.prompt.value}) | shown
 
 
 def _texts(fields: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +103,9 @@ def _texts(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is None or isinstance(value, str)}
 
 
-def _problem(field: str, value: Any) -> str | None:
+def _problem(field: Field) -> str | None:
     try:
-        check_response(value, field)
+        check_response(field)
     except RowError as error:
         return str(error)
     return None

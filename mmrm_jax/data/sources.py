@@ -75,7 +75,7 @@ def open_source(
     image_root: str | Path | None = None,
     environment: str | None = None,
 ) -> tuple[GroupSource, list[Quarantined]]:
-    """Open a preference file, or one split of a directory that `mmrm prepare` or a builder wrote.
+    """Open a preference file (FILE or FILE@FORMAT), or one split of a directory that `mmrm prepare` or a builder wrote.
 
     `split` may be left out where the data set has only one; `image_root` and `environment` apply to files alone. The
     quarantined rows are those of this reading: a prepared data set has none left, its own are in `quarantine.jsonl`.
@@ -133,51 +133,84 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")
-    found = identities(source)
-    draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(found)}
-    order = sorted(draws, key=lambda identity: draws[identity])
-    if fraction > 0 and len(order) < 2:
+    held = draw_holdout(identities(source), fraction, seed)
+    if fraction > 0 and not any(held):
         raise DataError(f"cannot hold out a part of {len(source)} groups: they share one image; set data.holdout to 0")
-    drawn = sum(draw < fraction for draw in draws.values())
-    count = min(max(drawn, 1), len(order) - 1) if fraction > 0 else 0
-    held_out = set(order[:count])
-    train = tuple(index for index, identity in enumerate(found) if identity not in held_out)
-    validation = tuple(index for index, identity in enumerate(found) if identity in held_out)
+    train, validation = (tuple(index for index, out in enumerate(held) if out == side) for side in (False, True))
     return ViewSource(source, train), ViewSource(source, validation)
 
 
+def draw_holdout(found: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Whether each of these identities is held out, as `split_holdout` does; none is where all are the same."""
+    draws = {identity: _draw(f"{seed}:{identity}".encode()) for identity in set(found)}
+    order = sorted(draws, key=lambda identity: draws[identity])
+    drawn = sum(draw < fraction for draw in draws.values())
+    held_out = set(order[: min(max(drawn, 1), len(order) - 1) if fraction > 0 and order else 0])
+    return [identity in held_out for identity in found]
+
+
 def identities(source: GroupSource) -> list[str]:
-    """`group_identity` of every group; of several processes each reads its part of the images."""
+    """An identity of every group that groups with an image in common, also by way of others, share.
+
+    It is one of `image_identities`; of several processes each reads its part of the images.
+    """
     known: dict[Path, str] = {}
 
-    def one(index: int) -> dict[str, str]:
+    def one(index: int) -> dict[str, Any]:
         try:
-            return {"identity": group_identity(source[index], known)}
+            return {"identities": image_identities(source[index], known)}
         except DataError as error:
             return {"problem": str(error)}
 
     found = divided(one, len(source))
     for problem in [each["problem"] for each in found if "problem" in each]:
         raise DataError(problem)  # in every process
-    return [each["identity"] for each in found]
+    return connected([each["identities"] for each in found])
+
+
+def connected(found: Sequence[Sequence[str]]) -> list[str]:
+    """The least of all identities that each of these sets is connected with."""
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while (parent := above.get(name, name)) != name:
+            above[name] = above.get(parent, parent)
+            name = parent
+        return name
+
+    for names in found:
+        tops = {top(name) for name in names}
+        least = min(tops)
+        above |= dict.fromkeys(tops, least)
+    return [top(names[0]) for names in found]
 
 
 def group_identity(group: Group, known: dict[Path, str]) -> str:
-    """A hash of the group's image, or of its prompt where there is none; `known` saves reading a file twice.
+    """A hash of the group's images, or of its prompt where there is none; `known` saves reading a file twice.
 
-    Raises DataError where the image cannot be read.
+    Raises DataError where an image cannot be read.
     """
-    if group.image is None:
-        return "prompt:" + _digest(group.prompt.encode())
-    if isinstance(group.image, bytes):
-        return "image:" + _digest(group.image)
-    if group.image not in known:
+    found = image_identities(group, known)
+    return found[0] if len(found) == 1 else "images:" + _digest(" ".join(found).encode())
+
+
+def image_identities(group: Group, known: dict[Path, str]) -> list[str]:
+    """A hash of each of the group's images, or of its prompt where there is none; as `group_identity` for one."""
+    if not group.images:
+        return ["prompt:" + _digest(group.prompt.encode())]
+    return [_image_identity(image, group, known) for image in group.images]
+
+
+def _image_identity(image: Path | bytes, group: Group, known: dict[Path, str]) -> str:
+    if isinstance(image, bytes):
+        return "image:" + _digest(image)
+    if image not in known:
         try:
-            known[group.image] = "image:" + _digest(group.image.read_bytes())
+            known[image] = "image:" + _digest(image.read_bytes())
         except OSError as error:
-            reason = f"image {group.image} cannot be read: {why(error)}"
+            reason = f"image {image} cannot be read: {why(error)}"
             raise DataError(f"{group.file} row {group.row}: {reason}") from error
-    return known[group.image]
+    return known[image]
 
 
 def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:

@@ -55,18 +55,18 @@ class Template:
     after_response: tuple[Piece, ...]
     strip: bool = False
 
-    def pieces(self, before: str, slots: int, after: str, response: str) -> tuple[Piece, ...]:
-        """The whole conversation; the image, where `slots` > 0, stands between the prompt's parts.
+    def pieces(self, prompt: Sequence[str], slots: Sequence[int], response: str) -> tuple[Piece, ...]:
+        """The whole conversation; images of so many slots stand between the prompt's parts, one more than images.
 
         An empty response leaves the assistant's header alone, without its last space and without an end of turn.
         """
-        image = (Special(IMAGE_START), ImageSlots(slots), Special(IMAGE_END)) if slots else ()
-        if not slots:
-            before, after = before + after, ""
         if self.strip:
-            before, after, response = before.lstrip(), after.rstrip(), response.strip()
-            before = before if slots else before.rstrip()
-        head = (*self.before_prompt, before, *image, after)
+            first, *rest = prompt
+            *inner, last = [first.lstrip(), *rest]
+            prompt, response = [*inner, last.rstrip()], response.strip()
+        head: list[Piece] = [*self.before_prompt, prompt[0]]
+        for count, text in zip(slots, prompt[1:], strict=True):
+            head += [Special(IMAGE_START), ImageSlots(count), Special(IMAGE_END), text]
         if response:
             return (*head, *self.before_response, response, *self.after_response)
         *header, last = self.before_response
@@ -80,14 +80,25 @@ class Template:
         return tuple(dict.fromkeys([*names, IMAGE_START, IMAGE_CONTEXT, IMAGE_END]))
 
 
-def split_at_image(prompt: str) -> tuple[str, str]:
-    """The prompt before and after its image.
+def split_at_images(prompt: str, images: int) -> tuple[str, ...]:
+    """The prompt's text before, between and after its images.
 
-    The image stands at the first `<image>` that begins the prompt or is alone on its line, else before the prompt on
-    a line of its own.
+    One image stands at the first `<image>` that begins the prompt or is alone on its line. Several stand at as many
+    `<image>`, wherever these are, as in InternVL. Elsewhere images come before the prompt, each on a line of its own.
     """
-    place = _PLACE.search(prompt)
-    return (prompt[: place.start()], prompt[place.end() :]) if place else ("", "\n" + prompt)
+    if images == 1 and (place := _PLACE.search(prompt)):
+        return prompt[: place.start()], prompt[place.end() :]
+    if images > 1 and prompt.count(IMAGE_PLACEHOLDER) == images:
+        return tuple(prompt.split(IMAGE_PLACEHOLDER))
+    return ("", *["\n"] * (images - 1), "\n" + prompt) if images else (prompt,)
+
+
+def without_images(parts: Sequence[str]) -> str:
+    """The prompt of these parts without its images, nor the line breaks behind those that it begins with."""
+    text = parts[0]
+    for part in parts[1:]:
+        text += part if text else part.removeprefix("\n")
+    return text
 
 
 def spell(pieces: Iterable[Piece]) -> str:
@@ -169,7 +180,7 @@ def find_template(path: Path) -> Template:
     except ValueError as error:
         raise ValueError(f"{source}: the chat template cannot be rendered ({error}): {_NAME_ONE}") from error
     for template in TEMPLATES.values():
-        if spell(template.pieces("", 1, "\n" + _PROMPT, _RESPONSE)) == rendered:
+        if spell(template.pieces(("", "\n" + _PROMPT), (1,), _RESPONSE)) == rendered:
             return template
     raise ValueError(f"{source}: the chat template makes {rendered[:500]!r}, which is no known format: {_NAME_ONE}")
 

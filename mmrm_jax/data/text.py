@@ -24,7 +24,8 @@ from mmrm_jax.data.templates import (
     Special,
     Template,
     find_template,
-    split_at_image,
+    split_at_images,
+    without_images,
 )
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES, Vocabulary, plain_text_only, read_vocabulary
 
@@ -151,20 +152,31 @@ class ChatTokenizer:
             yield piece
 
     def conversation(
-        self, prompt: str, response: str, tiles: int, view: BranchInput, known: dict[str, list[int]] | None = None
+        self,
+        prompt: str,
+        response: str,
+        tiles: int | Sequence[int],
+        view: BranchInput,
+        known: dict[str, list[int]] | None = None,
     ) -> Conversation:
         """One prompt and response as a branch sees them; `known` is `encode`'s.
 
-        The image stands where the prompt says (see `split_at_image`). `absent` leaves it out, `blank` puts one tile in
-        its place, `image_only` leaves out the prompt's text; without tiles there is no image for any but `blank`.
+        `tiles` are those of each image, a number those of the only one (0: there is none). Images stand where the
+        prompt says (see `split_at_images`). `absent` leaves them out, `blank` puts the one blank tile in the place of
+        each, `image_only` leaves out the prompt's text; without images there is one for `blank` alone.
         """
-        before, after = ("", "\n") if view == "image_only" else split_at_image(prompt)
+        counts = [tiles] * bool(tiles) if isinstance(tiles, int) else list(tiles)
+        parts = split_at_images("" if view == "image_only" else prompt, len(counts) or 1)
         if view == "blank":
-            tiles = 1
-        if view == "absent" or tiles == 0:
-            tiles, after = 0, after if before else after.removeprefix("\n")
-        slots = tiles * self.visual_tokens_per_tile
-        return self.encode(self.template.pieces(before, slots, after, response), known)
+            counts = [1] * (len(counts) or 1)
+        if view == "absent" or not counts:
+            counts, parts = [], (without_images(parts),)
+        slots = [count * self.visual_tokens_per_tile for count in counts]
+        found = self.encode(self.template.pieces(parts, slots, response), known)
+        if view == "blank" and len(counts) > 1:
+            visual = np.where(found.visual < 0, -1, found.visual % self.visual_tokens_per_tile)
+            found = dataclasses.replace(found, visual=visual)
+        return found
 
 
 def _settle_opening(vocabulary: Vocabulary, template: Template) -> Vocabulary:
@@ -213,12 +225,13 @@ def encode_texts(
     chat: ChatTokenizer,
     prompt: str,
     responses: Sequence[str],
-    tiles: int,
+    tiles: int | Sequence[int],
     views: dict[str, BranchInput],
     max_length: int,
 ) -> GroupTokens:
     """Tokenise every conversation of a group whole, then split off the longest common prefix per branch.
 
+    `tiles` is `conversation`'s.
     Raises TextError where a conversation is longer than `max_length` tokens; nothing is ever truncated.
     """
     prefixes: dict[str, Conversation] = {}

@@ -23,7 +23,7 @@ from mmrm_jax.config import BranchInput, MeshConfig, ModelConfig
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, ListPlan, batches, buckets_for, index_source
-from mmrm_jax.data.records import summarise_quarantine
+from mmrm_jax.data.records import split_format, summarise_quarantine
 from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.data.sources import GroupSource, MemorySource
 from mmrm_jax.sharding import make_mesh, put_batch, whole_batch
@@ -158,11 +158,11 @@ def score_file(
 
 def _part_of(out: Path, spec: str) -> Path:
     """Where the lines go until the last one is written."""
-    part = out.with_name(out.name + ".part")
+    part, data = out.with_name(out.name + ".part"), split_format(spec)[0]
     for file in (out, part):
         if file.is_dir():
             raise ValueError(f"{file} is a directory; --out must name a file")
-        if file.exists() and Path(spec).exists() and file.samefile(spec):
+        if file.exists() and data.exists() and file.samefile(data):
             raise ValueError(f"{file} is the data itself and would be overwritten; give --out another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     return part

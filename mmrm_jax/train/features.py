@@ -19,10 +19,10 @@ from rich.progress import track
 
 from mmrm_jax.config import Augmentation, ModelConfig, TrainConfig
 from mmrm_jax.data.features import BLANK, FeatureError, FeatureStore, SourceFeatures
-from mmrm_jax.data.images import ImageError, blank_tile
+from mmrm_jax.data.images import ImageError, blank_tile, image_size, tile_count
 from mmrm_jax.data.pipeline import EncodedSource
 from mmrm_jax.data.records import DataError
-from mmrm_jax.data.sources import group_identity
+from mmrm_jax.data.sources import image_identities
 from mmrm_jax.distributed import barrier, divided, is_main
 from mmrm_jax.models.hf.weights import load_params, weights_digest
 from mmrm_jax.models.internvl import tile_features
@@ -87,22 +87,25 @@ def with_features(
     side, of_blank = checkpoint.config.vision.image_size, _damage(store, BLANK, checked)
     missing = {} if of_blank is None else {BLANK: Missing(BLANK, 1, lambda: blank_tile(side))}
     for data, looked in zip(sets, found, strict=True):
-        for index, each in enumerate(looked):
-            if each.get("damage") is not None and each["name"] not in missing:
-                read = functools.partial(_read, data, index)
-                missing[each["name"]] = Missing(each["name"], data.shapes[index].tiles, read)
-    for line in sorted({of_blank, *(each.get("damage") for looked in found for each in looked)} - {None, ""}):
+        for index, images in enumerate(looked):
+            for place, each in enumerate(images):
+                if each.get("damage") is not None and each["name"] not in missing:
+                    read = functools.partial(_read, data, index, place)
+                    missing[each["name"]] = Missing(each["name"], each["tiles"], read)
+    every = [each for looked in found for images in looked for each in images]
+    for line in sorted({of_blank, *(each.get("damage") for each in every)} - {None, ""}):
         console.print(f"features are made anew: {line}", style="yellow", markup=False)
     barrier("features checked")  # before any file is replaced
     problems = make_features(list(missing.values()), store, checkpoint, config, console) if missing else {}
     barrier("features made")
-    names = {each["name"] for looked in found for each in looked if "name" in each}
+    names = {each["name"] for each in every}
     made = len(missing.keys() & names) - len(problems)
     console.print(f"the tower's features of {len(names)} images, {made} of them made now, are in {store.folder}")
-    blank, unread = store.read(BLANK), {e["name"]: e["problem"] for looked in found for e in looked if "problem" in e}
+    blank, unread = store.read(BLANK), {each["name"]: each["problem"] for each in every if "problem" in each}
 
-    def featured(data: EncodedSource, looked: list[dict[str, Any]]) -> EncodedSource:
-        features = SourceFeatures(store, blank, tuple(e.get("name") for e in looked), problems | unread)
+    def featured(data: EncodedSource, looked: list[list[dict[str, Any]]]) -> EncodedSource:
+        names = tuple(tuple(each["name"] for each in images) for images in looked)
+        features = SourceFeatures(store, blank, names, problems | unread)
         cache = {index: dataclasses.replace(group, tiles=None) for index, group in data.cache.items()}
         return dataclasses.replace(data, cache=cache, features=features)
 
@@ -130,18 +133,28 @@ def open_store(root: Path, checkpoint: Checkpoint, config: TrainConfig) -> Featu
 
 def _look(
     data: EncodedSource, store: FeatureStore, known: dict[Path, str], checked: dict[str, str | None], index: int
-) -> dict[str, Any]:
-    """{} for a group without an image; else "name", and "damage" where there are no whole features of it ("" where
-    there are none), or "problem" where the image cannot be read."""
+) -> list[dict[str, Any]]:
+    """Each image of a group: its "name", "tiles", and "damage" where there are no whole features of it ("" where there
+    are none); or "name" and "problem", which keeps the group's images from being read."""
     if not data.shapes[index].tiles:
-        return {}
+        return []
     group = data.group(index)
     try:
-        name = group_identity(group, known).removeprefix("image:")
-    except DataError as error:
-        return {"name": f"{group.file} {group.row}", "problem": str(error)}
-    damage = _damage(store, name, checked)
-    return {"name": name} | ({} if damage is None else {"damage": damage})
+        names = [identity.removeprefix("image:") for identity in image_identities(group, known)]
+        return [
+            {"name": name, "tiles": tiles, "damage": _damage(store, name, checked)}
+            for name, tiles in zip(names, _counts(data, index), strict=True)
+        ]
+    except (DataError, ImageError) as error:
+        return [{"name": f"{group.file} {group.row}", "problem": str(error)}]
+
+
+def _counts(data: EncodedSource, index: int) -> list[int]:
+    """How many tiles each image of a group has."""
+    images = data.group(index).images
+    if len(images) == 1:
+        return [data.shapes[index].tiles]
+    return [tile_count(*image_size(image), data.processor.preprocessing) for image in images]
 
 
 def _damage(store: FeatureStore, name: str, checked: dict[str, str | None]) -> str | None:
@@ -155,10 +168,8 @@ def _damage(store: FeatureStore, name: str, checked: dict[str, str | None]) -> s
     return checked[name]
 
 
-def _read(data: EncodedSource, index: int) -> np.ndarray:
-    image = data.group(index).image
-    assert image is not None  # it has tiles
-    return data.processor.tiles(image)
+def _read(data: EncodedSource, index: int, place: int) -> np.ndarray:
+    return data.processor.tiles(data.group(index).images[place])
 
 
 def make_features(

@@ -15,8 +15,9 @@ from mmrm_jax.types import Comparison, Group
 def group_features() -> tfds.features.FeaturesDict:
     """The schema every builder of this package writes: one example is one group.
 
-    `image` holds the encoded file (PNG, JPEG, ...) byte for byte as it came, empty for a text-only group. It is a
-    byte string and not an `Image` feature, which would decode at every read and re-encode what is not a file.
+    `image` holds the encoded file (PNG, JPEG, ...) byte for byte as it came, empty for a text-only group, and
+    `more_images` those that a prompt has beside it. They are byte strings and not `Image` features, which would decode
+    at every read and re-encode what is not a file.
     """
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
@@ -31,6 +32,7 @@ def group_features() -> tfds.features.FeaturesDict:
                 "tie": tfds.features.Sequence(np.bool_),
             },
             "image": tfds.features.Scalar(np.object_),
+            "more_images": tfds.features.Sequence(tfds.features.Scalar(np.object_)),
             "environment": text(),
             "file": text(),
             "row": np.int32,
@@ -40,7 +42,7 @@ def group_features() -> tfds.features.FeaturesDict:
 
 def encode_group(group: Group) -> dict[str, Any]:
     """The example of a group. An image given as a path is read here; raises OSError where it cannot be."""
-    image = group.image.read_bytes() if isinstance(group.image, Path) else group.image
+    images = [image.read_bytes() if isinstance(image, Path) else image for image in group.images]
     return {
         "id": group.id,
         "prompt": group.prompt,
@@ -51,7 +53,8 @@ def encode_group(group: Group) -> dict[str, Any]:
             "margin": [c.margin for c in group.comparisons],
             "tie": [c.tie for c in group.comparisons],
         },
-        "image": image or b"",
+        "image": images[0] if images else b"",
+        "more_images": images[1:],
         "environment": group.environment,
         "file": group.file,
         "row": group.row,
@@ -71,6 +74,7 @@ def decode_group(example: Mapping[str, Any]) -> Group:
         environment=_text(example["environment"]),
         file=_text(example["file"]),
         row=int(example["row"]),
+        more_images=tuple(bytes(image) for image in example.get("more_images", ())),  # older data sets have none
     )
 
 

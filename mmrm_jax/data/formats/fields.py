@@ -1,0 +1,278 @@
+"""What every format reads of a row: its fields, checked, and the group that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmrm_jax.data.templates import IMAGE_PLACEHOLDER
+from mmrm_jax.types import Comparison, Group
+
+Row = Mapping[str, Any]
+
+IMAGE_FIELDS = ("img_path", "image", "images")
+
+# A URL, or an image written out as text.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+
+
+class RowError(ValueError):
+    """One row that cannot be used. The message is "kind of problem: what is wrong and what to do about it"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a row comes from: its file and 1-based row, the folder of its images, and its environment."""
+
+    file: Path
+    row: int
+    image_root: Path
+    environment: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A value, and the name that a person finds it by in the row: "completions[2].response".
+
+    Where there is no such value, a RowError stands in its place and is raised by whoever needs it.
+    """
+
+    name: str
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a row asks and answers, unchecked: its prompt, its images (none where it is text-only), every response."""
+
+    prompt: Field
+    images: tuple[Field, ...]
+    responses: tuple[Field, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The responses of a row that are compared, how, and a reason for each response or comparison left out."""
+
+    responses: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    dropped: tuple[str, ...] = ()
+
+
+def make_group(
+    record: Record, row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]
+) -> Group:
+    """The group of a record's own prompt and images. Raises RowError where one of them cannot be used.
+
+    A prompt may be blank beside an image, which is then all that is asked about, and not without one.
+    """
+    prompt = check_text(record.prompt)
+    images = tuple(_image(field, origin) for field in record.images)
+    if not images and not prompt.strip():
+        name = record.prompt.name
+        raise RowError(
+            f"empty prompt: '{name}' has no text, and there is no image either; remove the row or fill it in"
+        )
+    places = prompt.count(IMAGE_PLACEHOLDER)
+    if len(images) > 1 and places not in (0, len(images)):
+        raise misplaced(record.prompt.name, places, len(images))
+    names = image_names(record)
+    return Group(
+        id=identity(row, origin),
+        prompt=prompt,
+        responses=responses,
+        comparisons=comparisons,
+        image=images[0] if images else None,
+        environment=origin.environment,
+        file=str(origin.file),
+        row=origin.row,
+        image_name=names[0] if len(names) == 1 else None,
+        more_images=images[1:],
+    )
+
+
+def misplaced(name: str, places: int, images: int) -> RowError:
+    """What to raise where a text says that it has another number of images than there are."""
+    return RowError(
+        f"images and places differ: '{name}' has {places} {IMAGE_PLACEHOLDER} but the row has {images} image(s); "
+        "each image needs one place"
+    )
+
+
+def in_place(field: Field, images: int) -> Field:
+    """A prompt whose `<image>` are the places of its images: as many of them, or none where all stand before the text.
+
+    The only image of a prompt gets a line of its own, which is how a prompt says where its image stands. Raises
+    RowError where the numbers differ.
+    """
+    text = check_text(field)
+    places = text.count(IMAGE_PLACEHOLDER)
+    if places not in (0, images):
+        raise misplaced(field.name, places, images)
+    if places == 1:
+        before, after = text.split(IMAGE_PLACEHOLDER)
+        line = "\n" if before and not before.endswith("\n") else ""
+        end = "\n" if before and not after.startswith("\n") else ""
+        text = before + line + IMAGE_PLACEHOLDER + end + after
+    return Field(field.name, text)
+
+
+def without_places(field: Field) -> Field:
+    """A prompt without its `<image>` and the line breaks beside them, whose image stands before the text."""
+    text = check_text(field).replace(IMAGE_PLACEHOLDER + "\n", "").replace("\n" + IMAGE_PLACEHOLDER, "")
+    return Field(field.name, text.replace(IMAGE_PLACEHOLDER, ""))
+
+
+# ---- one field
+
+
+def take(row: Row, name: str) -> Field:
+    """A field of a row; a RowError in place of its value where the row has none."""
+    if name in row:
+        return Field(name, row[name])
+    problem = f"missing field: the row has no {spelt(name, row)}; fields found: {found(row)}"
+    return Field(name, RowError(problem))
+
+
+def pictures(row: Row, *, optional: bool = False) -> tuple[Field, ...]:
+    """The images of a row; none where the field is null or, if they are `optional`, where there is no such field.
+
+    A RowError stands in place of an image where the row must have the field.
+    """
+    present = [name for name in IMAGE_FIELDS if name in row]
+    if not present:
+        missing = take(row, IMAGE_FIELDS[0])
+        return () if optional else (Field(missing.name, RowError(f"{missing.value}; {_TEXT_ONLY}")),)
+    name = next((name for name in present if row[name] is not None), present[0])
+    value = row[name]
+    if isinstance(value, list):
+        return tuple(Field(f"{name}[{i}]", item) for i, item in enumerate(value))
+    return () if value is None else (Field(name, value),)
+
+
+_TEXT_ONLY = 'a text-only record says "img_path": null'
+
+
+def image_names(record: Record) -> list[str]:
+    """The paths of a record's images, as far as it names them."""
+    values = [field.value for field in record.images]
+    paths = [value.get("path") if isinstance(value, dict) else value for value in values]
+    return [path for path in paths if isinstance(path, str)]
+
+
+def _image(field: Field, origin: Origin) -> Path | bytes:
+    """The bytes of an image, or its path, checked to exist: the value is either, or `{"bytes", "path"}`."""
+    value = field.value
+    if isinstance(value, RowError):
+        raise value
+    if isinstance(value, dict):
+        content = value.get("bytes")
+        if content is not None and not isinstance(content, bytes):
+            raise RowError(
+                f"wrong type: '{field.name}.bytes' is a {type_name(content)}; only Parquet holds bytes: save the image "
+                "as a file and name its path"
+            )
+        value = value.get("path") if content is None else content
+    if isinstance(value, bytes):
+        if not value:
+            raise RowError(f"empty image: '{field.name}' has no bytes; remove the row or fill it in")
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"wrong type: '{field.name}' is {value!r:.50}; it must be the path of an image file, or null")
+    if _URL.match(value):
+        raise RowError(
+            f"image by URL: '{field.name}' is {value!r:.80}; nothing is fetched: save it as a file and name its path"
+        )
+    path = origin.image_root / value
+    # os.path and not Path.is_file, which raises for names that are too long.
+    if not os.path.isfile(path):
+        problem = (
+            "is a directory; name the file in it" if os.path.isdir(path) else "does not exist; is the image root right?"
+        )
+        raise RowError(f"missing image file: '{field.name}' points to {path}, which {problem}")
+    return path
+
+
+def identity(row: Row, origin: Origin) -> str:
+    """The row's `id`; a row without a usable one is named after its file and row."""
+    value = row.get("id")
+    if isinstance(value, int) or (isinstance(value, str) and _encodable(value)):
+        return str(value)
+    return f"{origin.file.stem}-{origin.row}"
+
+
+def check_response(field: Field) -> str:
+    """The response in a field. Raises RowError where it is no text, or an empty one."""
+    text = check_text(field)
+    if not text.strip():
+        raise RowError(f"empty response: '{field.name}' has no text; remove the row or fill it in")
+    return text
+
+
+def check_text(field: Field) -> str:
+    """The text in a field. Raises RowError where it is none."""
+    name, value = field.name, field.value
+    if isinstance(value, RowError):
+        raise value
+    if not isinstance(value, str):
+        raise RowError(f"wrong type: '{name}' is a {type_name(value)}; it must be a text")
+    if not _encodable(value):
+        raise RowError(f"broken text: '{name}' has half of a surrogate pair, which is no character; fix its encoding")
+    return value
+
+
+def check_list(field: Field, what: str) -> list[Any]:
+    """The list in a field. Raises RowError where it is none, or an empty one; `what` is what it must be a list of."""
+    if isinstance(field.value, RowError):
+        raise field.value
+    if not isinstance(field.value, list) or not field.value:
+        raise RowError(
+            f"wrong type: '{field.name}' is a {type_name(field.value)}; it must be a list of one or more {what}"
+        )
+    return field.value
+
+
+def number(value: Any) -> float | None:
+    """The finite number that `float()` makes of a JSON text or number, if any."""
+    try:
+        found = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def type_name(value: Any) -> str:
+    """The JSON name of a value's type."""
+    if value is None:
+        return "null"
+    names = {bool: "boolean", int: "number", float: "number", str: "text", list: "list", dict: "object"}
+    return names.get(type(value), type(value).__name__)
+
+
+# ---- the names of fields
+
+
+def spelt(name: str, row: Row) -> str:
+    """A missing field: "'chosen' (did you mean it by 'choosen'?)"."""
+    near = guess(name, row)
+    return f"'{name}'" + (f" (did you mean it by '{near}'?)" if near and near != name else "")
+
+
+def found(row: Row) -> str:
+    """The fields of a row, for a message."""
+    return ", ".join(sorted(row)) or "none"
+
+
+def guess(name: str, row: Row) -> str | None:
+    """The row's field that is, or is spelt most like, `name`."""
+    return next(iter(difflib.get_close_matches(name, list(row), n=1)), None)

@@ -8,13 +8,13 @@ same command works on any folder with files of these names; `--env NAME=TRAIN,TE
 
 The tower is trained too: the packaged model's has seen nothing but rendered pictures. Learning rate, batch size, weight
 decay, tiles, augmentation and freezing were chosen with standard training on the last fifth of each product's photos in
-the training files. One seed takes 24 minutes on two busy cores, and 2.5 GiB. Three seeds, in %, with 95 % intervals:
+the training files. Three seeds took 72 minutes with `--jobs 2` beside other work. In %, with 95 % intervals:
 
                      i.i.d.              o.o.d.              SFD
-    text-only        72.2                40.1                100
-    standard         91.6 (90.7-92.4)    86.4 (85.5-87.3)    6.5 (4.7-7.9)
-    shortcut-aware   91.1 (90.3-91.9)    86.9 (85.8-87.9)    4.4 (2.7-6.0)
-    difference       -0.5 (-1.0-0.1)     +0.5 (-0.1-1.0)     -2.1 (-3.0--1.1)
+    text-only        71.9                40.0                100
+    standard         92.4 (91.7-93.1)    88.4 (87.6-89.3)    5.3 (4.0-6.5)
+    shortcut-aware   91.8 (90.9-92.6)    87.7 (86.8-88.6)    3.8 (2.4-5.0)
+    difference       -0.6 (-1.2-0.0)     -0.7 (-1.2--0.2)    -1.5 (-2.6--0.5)
 """
 
 from pathlib import Path

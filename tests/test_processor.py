@@ -63,11 +63,12 @@ def test_chat_layout(tiny, tmp_path) -> None:
     write(tmp_path, config={"template": "internvl2_5", "vision_config": {"image_size": 28}, "max_dynamic_patch": 12})
     read = Processor.from_pretrained(tmp_path, V)
     assert read.chat.template is TEMPLATES["internvl2_5"]
-    assert read.preprocessing == Preprocessing(28, 1, 12)  # ImageNet's mean and std
+    plain = {"use_thumbnail": False, "dynamic": False}
+    assert read.preprocessing == Preprocessing(28, 1, 12, **plain)  # ImageNet's mean and std
     assert read.max_length == 4096
     write(tmp_path, preprocessor_config={"image_mean": list(MEAN), "image_std": list(STD), "size": 448})
     read = Processor.from_pretrained(tmp_path, V, max_tiles=2, max_length=99)
-    assert read.preprocessing == Preprocessing(28, 1, 2, mean=MEAN, std=STD) and read.max_length == 99
+    assert read.preprocessing == Preprocessing(28, 1, 2, **plain, mean=MEAN, std=STD) and read.max_length == 99
 
 
 def test_native_layout(native) -> None:

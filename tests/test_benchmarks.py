@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import xla_flags
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NO_TORCH = "comparing with torch needs torch: pip install -e '.[test,parity]'"
@@ -19,7 +20,7 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 def run(tmp_path: Path, script: str, *arguments: str) -> dict:
     """Results of a benchmark on one device, as for a user; the tests' own has eight."""
     out = tmp_path / "result.json"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, str(BENCHMARKS / script), "--repeats", "1", "--json", str(out), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,7 +68,11 @@ def flat(params) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("layout", ["chat", "native"])
 def test_what_is_exported_is_read_back_bit_for_bit(capsys, trained, tmp_path, layout):
     out = tmp_path / "exported"
+    out.mkdir()
+    for name in ("vocab.json", "video_preprocessor_config.json"):  # left by an export that was broken off
+        (out / name).write_text("{}")
     status, text = run(capsys, "export", "--run", trained / "run", "--out", out, "--layout", layout, "--proxy")
+    assert not (out / "vocab.json").exists() and not (out / "video_preprocessor_config.json").exists()
     assert status == 0 and "step 2" in text and f"{layout} layout" in text
     state, step = read_run(trained / "run").restore(Console())
     checkpoint = open_checkpoint(out)

@@ -24,7 +24,7 @@ from mmrm_jax.audit.telling import telling_words
 from mmrm_jax.audit.terminal import print_audit
 from mmrm_jax.audit.verdict import DEFINITION, advice, level, sentences, transfer_sentences
 from mmrm_jax.data.quarantine import keep_quarantine
-from mmrm_jax.data.records import summarise_quarantine, write_quarantine
+from mmrm_jax.data.records import split_name, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.train.setup import open_spec
 from mmrm_jax.types import Quarantined
@@ -72,9 +72,8 @@ def name_data(data: Sequence[str]) -> dict[str, str]:
     """Name -> data of each NAME=DATA; without a name, a file is called by its stem, a split by its own name."""
     named: dict[str, str] = {}
     for text in data:
-        given, equals, spec = text.partition("=")
-        if not equals or "/" in given:
-            given, spec = Path(text).name.partition(":")[2] or Path(text).stem, text
+        given, spec = split_name(text)
+        given = given or Path(spec).name.partition(":")[2] or Path(spec).stem
         if not given or not spec:
             raise ValueError(f"{text!r} must be DATA or NAME=DATA")
         if given in named:

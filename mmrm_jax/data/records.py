@@ -72,6 +72,12 @@ def each_group(
         yield parsed.group
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """(name, data) of NAME=DATA; no name, "", where it is left out, or where the whole is a file."""
+    name, equals, data = text.partition("=")
+    return (name, data) if equals and "/" not in name and not Path(text).exists() else ("", text)
+
+
 def split_format(path: str | Path) -> tuple[Path, Format | None]:
     """(file, format) of FILE@FORMAT; no format for a file alone. Raises DataError for a format that is not known."""
     path = Path(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from mmrm_jax.data.records import DataError, split_format
+from mmrm_jax.data.records import DataError, split_format, split_name
 from mmrm_jax.data.tfds.builder import GroupBuilder, PrepareResult, write_data_set
 
 
@@ -83,7 +83,5 @@ def _named_splits(files: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
 
 def _split_of(file: str | Path) -> tuple[str, Path]:
     """(split, file) of SPLIT=FILE, or of a file alone, which is a split of its own name."""
-    split, _, named = str(file).partition("=")
-    if named and re.fullmatch(r"\w+", split) and not Path(file).exists():
-        return split, Path(named)
-    return re.sub(r"\W", "_", split_format(file)[0].stem), Path(file)
+    split, named = split_name(str(file))
+    return split or re.sub(r"\W", "_", split_format(named)[0].stem), Path(named)

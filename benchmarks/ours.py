@@ -21,6 +21,7 @@ from mmrm_jax.eval.score import VIEWS, make_score_step
 from mmrm_jax.models.hf.config import config_to_native, read_config
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.sharding import make_mesh, put_batch
+from mmrm_jax.train.compiling import compiler_memory_released
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model, init_params, place_abstract
 from mmrm_jax.types import Batch, Comparison
@@ -88,7 +89,8 @@ class Training:
         return {branch: _by_response(out[f"{branch}/rewards"], batch) for branch in self.program.views}
 
     def step(self) -> dict[str, Any]:
-        self.state, metrics = self.program.train_step(self.state, self.program.put(self.batch))
+        with compiler_memory_released():  # as every command does
+            self.state, metrics = self.program.train_step(self.state, self.program.put(self.batch))
         jax.block_until_ready(self.state)
         return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 
@@ -103,7 +105,7 @@ class Scoring:
         self.score = make_score_step(config, "float32")
 
     def rewards(self) -> dict[str, np.ndarray]:
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), compiler_memory_released():
             rewards = self.score(self.params, put_batch(self.batch, self.mesh, micro=False))
         return {"primary": _by_response(rewards, self.batch)}
 

@@ -252,12 +252,14 @@ def run(argv: Sequence[str]) -> None:
         _fail(f"there is no command {argv[0]!r}{_nearest(argv[0], list(COMMANDS))}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from mmrm_jax import distributed
+    from mmrm_jax.train.compiling import compiler_memory_released
     from mmrm_jax.train.preemption import Preempted
 
     try:
         if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
             distributed.initialize()
-        COMMANDS[argv[0]][0](argv[1:], Console(quiet=not distributed.is_main()))
+        with compiler_memory_released():
+            COMMANDS[argv[0]][0](argv[1:], Console(quiet=not distributed.is_main()))
         distributed.shutdown()
     except Preempted as stopped:
         distributed.shutdown()

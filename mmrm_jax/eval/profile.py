@@ -20,12 +20,12 @@ from mmrm_jax.eval.profile_trace import read_trace, scopes
 from mmrm_jax.plan.costs import train_costs
 from mmrm_jax.plan.hardware import find_chip
 from mmrm_jax.plan.shapes import DataShape
+from mmrm_jax.train.compiling import compilations_heard
 from mmrm_jax.train.program import Program
 from mmrm_jax.train.state import TrainState
 from mmrm_jax.types import Batch
 
 TRACED = 5  # steps
-COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax.monitoring has for each compilation
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -103,7 +103,8 @@ class Recorder:
             self._tracing = True
         tokens, padded = (self._all(n, batch) for n in self._tokens)
         flops = batch_flops(batch, self._inner, self._model, self._config) * tokens / padded
-        with _compilations() as compiled:
+        compiled: list[float] = []
+        with compilations_heard(compiled.append):
             start = time.perf_counter()
             result = jax.block_until_ready(self._inner.train_step(state, batch))
             ran = time.perf_counter() - start
@@ -124,22 +125,6 @@ class Recorder:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
-
-
-@contextmanager
-def _compilations() -> Iterator[list[float]]:
-    """The seconds of every compilation inside the block."""
-    found: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == COMPILED:
-            found.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def count_tokens(batch: Batch) -> tuple[int, int]:

@@ -162,7 +162,7 @@ def _against_baseline(
             continue
         mean = _mean(difference, weights)
         rows.append(_row(measure, objective, BASELINE, difference, mean))
-        if measure == "sfd":
+        if measure == "sfd" and objective != "text_only":  # whose SFD is 1 by definition
             # The baseline's mean over just the cells and resamples at which the difference is defined too.
             base = _mean(
                 {key: np.where(np.isnan(difference[key]), np.nan, baseline[key]) for key in difference}, weights

@@ -17,7 +17,8 @@ from mmrm_jax.config import DecoderConfig, MeshConfig, ModelConfig, TrainConfig,
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import fit_buckets
 from mmrm_jax.data.text import Conversation
-from mmrm_jax.eval.score import VIEWS, make_score_step
+from mmrm_jax.eval.score import VIEWS
+from mmrm_jax.eval.scorer import make_score_step
 from mmrm_jax.models.hf.config import config_to_native, read_config
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.sharding import make_mesh, put_batch

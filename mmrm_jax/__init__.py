@@ -10,4 +10,16 @@ Dimension key, used in array annotations and as name suffixes throughout the pac
     L  layers             E  head width
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `Scorer`, whose module is imported when one of them is first asked for: `models` needs far less."""
+    if name in ("load", "Scorer"):
+        return getattr(importlib.import_module("mmrm_jax.eval.scorer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -151,7 +151,7 @@ def test_an_lm_head_and_companion_files_are_carried_over(capsys, trained, tmp_pa
             np.testing.assert_array_equal(written.astype(np.float32), head.astype(written.dtype).astype(np.float32))
     exported = json.loads((out / "config.json").read_text())
     config["llm_config"]["dtype"] = "bfloat16"
-    assert exported == config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}
+    assert exported == config | {"torch_dtype": "bfloat16", "dtype": "bfloat16", "proxy_input": "absent"}
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert inspect_checkpoint(out)["dtypes"] == {"BF16": 132}
 

@@ -12,7 +12,7 @@ from test_hf import VARIANTS
 from tiny_models import MODEL, flat, make_batch, one_micro, random_group, random_params
 
 from mmrm_jax.config import ModelConfig
-from mmrm_jax.eval.score import make_score_step
+from mmrm_jax.eval.scorer import make_score_step
 from mmrm_jax.models.decoder import look_up
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.objectives import standard

@@ -47,6 +47,11 @@ class BatchShape:
         return sum(self.prefixes.values()) + len(self.prefixes) * self.rows[0] * self.rows[1]
 
     @property
+    def key(self) -> tuple[tuple[tuple[str, int], ...], Rows, int]:
+        """The same sizes, hashable."""
+        return tuple(self.prefixes.items()), self.rows, self.tiles
+
+    @property
     def cost(self) -> float:
         """What a group of this shape costs, in tokens of short rows: see `packing.cost`."""
         return sum(self.prefixes.values()) + len(self.prefixes) * cost(self.rows)

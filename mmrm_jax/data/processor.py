@@ -89,7 +89,8 @@ class Processor:
     ) -> EncodedGroup:
         """Tokens and tiles of a group for the branches in `views`; `change` is what is done to its images first.
 
-        Where there are `features` of the images, [T, V, I] each, they stand in place of tiles, and no image is read.
+        Where there are `features` of the images, [T, V, I] each, they stand in place of tiles, and no image is read; so
+        do tiles that were made before.
         Raises ImageError or TextError for a group that cannot be used.
         """
         shown = features

@@ -11,6 +11,7 @@ from mmrm_jax.data.folder import read_object, write_object
 from mmrm_jax.data.templates import IMAGE_CONTEXT
 from mmrm_jax.eval.companions import COMPANIONS, companion_files, missing_code
 from mmrm_jax.eval.saved_run import read_run
+from mmrm_jax.eval.scorer import PROXY_INPUT
 from mmrm_jax.models.hf.config import config_to_hf, config_to_native
 from mmrm_jax.models.hf.names import PROXY_PREFIX, CheckpointLayout, checkpoint_layout
 from mmrm_jax.models.hf.tensors import open_tensors
@@ -74,6 +75,8 @@ def export_run(
         layout=after,
         dtype=dtype,
     )
+    if proxy:
+        hf[PROXY_INPUT] = saved.config.proxy_input
     # Last: a folder without it is no checkpoint.
     write_object(out / "config.json", _with_dtype(hf, dtype))
     for name in missing_code(out, hf):

@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from mmrm_jax.config import BranchInput, MeshConfig, ModelConfig
+from mmrm_jax.config import BranchInput, MeshConfig
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, ListPlan, batches, buckets_for, index_source
 from mmrm_jax.data.records import split_format, summarise_quarantine
 from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.data.sources import GroupSource, MemorySource
-from mmrm_jax.sharding import make_mesh, put_batch, whole_batch
-from mmrm_jax.train.setup import describe_data, initial_params, open_checkpoint, open_spec
-from mmrm_jax.train.state import abstract_model
+from mmrm_jax.eval.scorer import Scorer, open_scorer
+from mmrm_jax.sharding import make_mesh, whole_batch
+from mmrm_jax.train.setup import describe_data, open_spec
 from mmrm_jax.types import Batch, Group, Quarantined
 
 VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
@@ -40,20 +37,6 @@ class Scored:
 
     group: Group
     found: np.ndarray | str
-
-
-def make_score_step(
-    model: ModelConfig, dtype: Literal["float32", "bfloat16"]
-) -> Callable[[nnx.State, Batch], jax.Array]:
-    """`step(params, batch) -> rewards [G, N]`, float32, compiled; a padding response's reward has no meaning."""
-    graphdef, _ = abstract_model(model)
-
-    @jax.jit
-    def step(params: nnx.State, batch: Batch) -> jax.Array:
-        prefix = batch.prefixes["primary"]
-        return nnx.merge(graphdef, params).rewards(prefix, batch.responses, jnp.dtype(dtype))
-
-    return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +62,11 @@ class ReadBatch:
         return jax.tree.map(lambda x: x[0], batch), list(zip(groups, problems, strict=True))
 
 
-def score_source(
-    data: EncodedSource,
-    model: ModelConfig,
-    params: nnx.State,
-    mesh: Mesh,
-    *,
-    dtype: Literal["float32", "bfloat16"],
-    batch_size: int,
-    buckets: Buckets,
-) -> Iterator[Scored]:
+def score_source(data: EncodedSource, scorer: Scorer, *, batch_size: int, buckets: Buckets) -> Iterator[Scored]:
     """Every group in order, scored, or why it cannot be read; a batch is what the devices divide, so rounded up."""
-    step = make_score_step(model, dtype)
-    size = whole_batch(batch_size, mesh)
+    size = whole_batch(batch_size, scorer.mesh)
     for batch, found in batches(ListPlan(range(len(data)), size), ReadBatch(data, buckets, size)):
-        with jax.set_mesh(mesh):
-            rewards = np.asarray(step(params, put_batch(batch, mesh, micro=False)))
+        rewards = scorer.run(batch)
         rows = (values[last >= 0] for values, last in zip(rewards, batch.responses.last, strict=True))
         for group, problem in found:
             yield Scored(group, next(rows) if problem is None else problem)
@@ -124,24 +96,17 @@ def score_file(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     part = _part_of(out, spec)
     source, asked = _open_rows(spec, image_root)
-    checkpoint = open_checkpoint(model)
-    mesh = make_mesh(MeshConfig())
-    params, drawn = initial_params(checkpoint, draw_score or 0, mesh)
-    if drawn and draw_score is None:
-        raise ValueError(
-            f"{model} has no score.weight, so it is no reward model yet: train it (mmrm train, mmrm export), or give "
-            "--draw-score SEED to score with a random head"
-        )
+    scorer, drawn = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, draw_score)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {draw_score}: {', '.join(drawn)}")
     data, unfit = index_source(
-        source, checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
+        source, scorer.checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
     )
     scored: Iterable[Scored] = ()
     if len(data):
         sizes = buckets_for([data], buckets)
         console.print(describe_data([data], sizes))
-        scored = score_source(data, checkpoint.config, params, mesh, dtype=dtype, batch_size=batch_size, buckets=sizes)
+        scored = score_source(data, scorer, batch_size=batch_size, buckets=sizes)
     scored = _bar(f"scoring {spec}", console)(scored, len(data))
     kept = set(data.kept)
     left_out = (source[i] for i in range(len(source)) if i not in kept)

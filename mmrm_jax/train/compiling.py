@@ -17,9 +17,9 @@ LONG = 1.0  # seconds; what compiles faster leaves little behind
 def compilations_heard(call: Callable[[float], object]) -> Iterator[None]:
     """Call `call` with the seconds of every compilation inside the block, as it ends."""
 
-    def listen(event: str, seconds: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
-            call(seconds)
+            call(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -68,20 +68,9 @@ class Judged:
 def make_group(
     record: Record, row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]
 ) -> Group:
-    """The group of a record's own prompt and images. Raises RowError where one of them cannot be used.
-
-    A prompt may be blank beside an image, which is then all that is asked about, and not without one.
-    """
-    prompt = check_text(record.prompt)
+    """The group of a record's own prompt and images. Raises RowError where one of them cannot be used."""
     images = tuple(_image(field, origin) for field in record.images)
-    if not images and not prompt.strip():
-        name = record.prompt.name
-        raise RowError(
-            f"empty prompt: '{name}' has no text, and there is no image either; remove the row or fill it in"
-        )
-    places = prompt.count(IMAGE_PLACEHOLDER)
-    if len(images) > 1 and places not in (0, len(images)):
-        raise misplaced(record.prompt.name, places, len(images))
+    prompt = check_prompt(record.prompt, len(images))
     names = image_names(record)
     return Group(
         id=identity(row, origin),
@@ -205,6 +194,22 @@ def identity(row: Row, origin: Origin) -> str:
     if isinstance(value, int) or (isinstance(value, str) and _encodable(value)):
         return str(value)
     return f"{origin.file.stem}-{origin.row}"
+
+
+def check_prompt(field: Field, images: int) -> str:
+    """The prompt in a field, of so many images. Raises RowError where it is no text, or does not go with them.
+
+    A prompt may be blank beside an image, which is then all that is asked about, and not without one.
+    """
+    prompt = check_text(field)
+    if not images and not prompt.strip():
+        raise RowError(
+            f"empty prompt: '{field.name}' has no text, and there is no image either; remove the row or fill it in"
+        )
+    places = prompt.count(IMAGE_PLACEHOLDER)
+    if images > 1 and places not in (0, images):
+        raise misplaced(field.name, places, images)
+    return prompt
 
 
 def check_response(field: Field) -> str:

@@ -268,6 +268,13 @@ def test_seeds_widen_the_interval():
     assert 0.44 < one["low"] < 0.5 < one["high"] < 0.56
 
 
+def test_text_only_training_has_no_reduction_of_sfd():
+    """Its SFD is 1 by definition, so that against standard training's there is nothing to reduce."""
+    cells = [cell([1.0, -1.0]), *(cell([1.0, 1.0], objective=name) for name in ("text_only", "x"))]
+    rows = summarise(cells, IID, seed=0, resamples=9)
+    assert {r["objective"] for r in rows if r["measure"] == "sfd_reduction"} == {"x"}
+
+
 def test_summary_leaves_out_what_no_cell_measures_and_keeps_the_undefined():
     rows = summarise([cell([1.0, -1.0]), cell([1.0, 1.0], objective="x")], IID, seed=0, resamples=9)
     assert {r["measure"] for r in rows} == {"iid", "sfd", "sfd_iid", "sfd_reduction"}

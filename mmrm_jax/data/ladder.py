@@ -1,7 +1,8 @@
 """Shapes for requests that nobody has measured before: few of them, whatever comes.
 
-`fit_buckets` chooses shapes by data that is there; a server has none. So every size is rounded up to the next step of a
-ladder (1, 1.5, 2, 3, 4, 6, 8, ... times its lowest), which wastes less than half and leaves a few dozen steps a size.
+`fit_buckets` chooses shapes by data that is there; requests are yet to come. So every size is rounded up to a step
+on a ladder (1, 1.5, 2, 3, 4, 6, 8, ... times its lowest), which wastes less than half and leaves a few dozen steps a
+size.
 """
 
 from __future__ import annotations

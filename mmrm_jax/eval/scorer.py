@@ -1,4 +1,4 @@
-"""A reward model in a few lines of Python, and the one way that responses are scored: from files, from code, over HTTP.
+"""A reward model in a few lines of Python, and the one way that responses are scored: from files and from code.
 
     rm = mmrm_jax.load("reward-model")
     rm.score("photo.jpg", "What is this?", ["A pear.", "A blue bus."])      # -> array([ 1.9, -0.4], dtype=float32)
@@ -68,10 +68,7 @@ def load(
 
 
 class Scorer:
-    """A reward model and all that turns images and texts into its input. Its methods may be called by several threads.
-
-    `shapes` are the shapes and batch sizes that it has been run with, each compiled once.
-    """
+    """A reward model and what turns images and texts into its input. Several threads may call its methods."""
 
     def __init__(
         self,
@@ -89,7 +86,6 @@ class Scorer:
         self.batch_size = whole_batch(batch_size, mesh)
         most = images.max_tiles + (images.use_thumbnail and images.max_tiles > 1) if images.dynamic else 1
         self.ladder = Ladder(checkpoint.processor.max_length, most, images.image_size)
-        self.shapes: set[tuple] = set()
         self._steps = {branch: make_score_step(checkpoint.config, dtype, branch) for branch in views}
 
     def score(self, image: Pictures, prompt: str, responses: Sequence[str]) -> Rewards:
@@ -115,8 +111,6 @@ class Scorer:
             except ValueError as error:
                 raise ValueError(f"request {i}: {error}") from error
         return self._rewards_of(asked, branch)
-
-    # ---- the parts that a server puts between its queue and the device
 
     def tiles(self, image: Picture) -> UInt8[np.ndarray, "T S S 3"]:
         """The tiles of one image; raises ImageError where it cannot be read."""
@@ -157,12 +151,6 @@ class Scorer:
         found = self.run(self._batch(groups, shape, len(groups)), branch)
         return [row[: len(group.responses)] for row, group in zip(found, groups, strict=False)]
 
-    def compile(self, shape: BatchShape, size: int) -> None:
-        """Compile for batches of `size` groups of a shape of the ladder, so that none of them waits for it."""
-        batch = self._batch([], shape, size)
-        for branch in shape.prefixes:
-            self.run(batch, branch)  # type: ignore[arg-type]
-
     def run(self, batch: Batch, branch: Branch = "primary") -> Float[np.ndarray, "G N"]:
         """The rewards of a batch that the host holds, float32; those of padding have no meaning."""
         shared = {name for name, view in self.views.items() if view == "blank"}
@@ -187,7 +175,6 @@ class Scorer:
     def _batch(self, groups: Sequence[EncodedGroup], shape: BatchShape, count: int) -> Batch:
         size = min(whole_batch(step_up(count), self.mesh), self.batch_size)
         views = {branch: self.views[branch] for branch in shape.prefixes}
-        self.shapes.add((shape.key, size))
         batch = collate(groups, self.ladder.buckets(shape), num_groups=size, micro_batches=1, views=views)
         return jax.tree.map(lambda x: x[0], batch)
 
@@ -224,11 +211,6 @@ def open_scorer(
     return Scorer(checkpoint, {"primary": params}, mesh, views=views, dtype=dtype, batch_size=batch_size), drawn
 
 
-def has_proxy(path: Path) -> bool:
-    """Whether a checkpoint folder holds a proxy beside its model."""
-    return any(name.startswith(PROXY_PREFIX) for name in open_tensors(path))
-
-
 def with_proxy(scorer: Scorer) -> Scorer:
     """The same model with the proxy of its folder beside it.
 
@@ -236,7 +218,7 @@ def with_proxy(scorer: Scorer) -> Scorer:
     taken for one of the paper's, whose proxy sees a white tile. Raises ValueError where there is no proxy.
     """
     checkpoint = scorer.checkpoint
-    if not has_proxy(checkpoint.path):
+    if not any(name.startswith(PROXY_PREFIX) for name in open_tensors(checkpoint.path)):
         raise ValueError(f"{checkpoint.path} holds no proxy: mmrm export --proxy writes it, of a shortcut_aware run")
     sees = read_object(checkpoint.path / "config.json").get(PROXY_INPUT, "blank")
     if sees not in ("absent", "blank"):

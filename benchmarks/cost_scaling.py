@@ -76,33 +76,25 @@ def sfc_seconds(count: int, repeats: int = 200) -> float:
     """Losses and weights of `count` comparisons as a call of its own: more than they cost inside a step."""
     import jax
 
-    from mmrm_jax.objectives import OBJECTIVES
+    from mmrm_jax.objectives import Seen, shortcut_aware
     from mmrm_jax.types import Comparisons
 
-    comparisons = Comparisons(
-        np.zeros((count, 2), np.int32), np.zeros(count, np.float32), np.zeros(count, bool), np.ones(count, bool)
-    )  # type: ignore[arg-type]
-    margins = {b: np.linspace(-1, 1, count, dtype=np.float32) for b in ("primary", "proxy")}
-    weigh = jax.jit(lambda m, c: OBJECTIVES["shortcut_aware"].terms(m, c).loss)
-    jax.block_until_ready(weigh(margins, comparisons))
+    index = np.arange(2 * count, dtype=np.int32).reshape(count, 2)
+    comparisons = Comparisons(index, np.zeros(count, np.float32), np.zeros(count, bool), np.ones(count, bool))  # type: ignore
+    rewards = {b: np.linspace(-1, 1, 2 * count, dtype=np.float32).reshape(count, 2) for b in ("primary", "proxy")}
+    weigh = jax.jit(lambda r, c: shortcut_aware().terms(Seen(r, c)).loss)
+    jax.block_until_ready(weigh(rewards, comparisons))
     start = time.perf_counter()
     for _ in range(repeats):
-        jax.block_until_ready(weigh(margins, comparisons))
+        jax.block_until_ready(weigh(rewards, comparisons))
     return (time.perf_counter() - start) / repeats
 
 
 def objectives(folder: Path, options: Options) -> dict[str, Any]:
     """Shortcut-aware pairs beside standard ones, and beside both branches without weights."""
-    from mmrm_jax.objectives import OBJECTIVES, Objective, Terms, bradley_terry, shortcut_aware
-
-    def unweighted(margins, comparisons):
-        losses = {branch: bradley_terry(d, comparisons) for branch, d in margins.items()}
-        return Terms(losses["primary"] + losses["proxy"], losses)
-
-    both = Objective("unweighted", shortcut_aware.branches, "primary", unweighted)
-    OBJECTIVES[both.name] = both  # configurations name objectives
-    names = ("standard", "unweighted", "shortcut_aware")
-    seconds = timed({name: training(folder, options, 2, 1, name) for name in names}, options.repeats)
+    specs = {"standard": "standard", "unweighted": "lff:q=0,weighted=false", "shortcut_aware": "shortcut_aware"}
+    sides = {name: training(folder, options, 2, 1, spec) for name, spec in specs.items()}
+    seconds = timed(sides, options.repeats)
     median = {name: float(np.median(s)) for name, s in seconds.items()}
     paired = np.asarray(seconds["shortcut_aware"]) / np.asarray(seconds["unweighted"])
     alone = sfc_seconds(SIZES[options.size].groups)

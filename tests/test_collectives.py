@@ -14,7 +14,7 @@ from flax import nnx
 from tiny_models import compile_train_step, flat, make_batch, random_group
 
 from mmrm_jax.config import DecoderConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
-from mmrm_jax.objectives import OBJECTIVES
+from mmrm_jax.objectives import shortcut_aware
 from mmrm_jax.sharding import make_mesh, param_shardings
 from mmrm_jax.train.state import abstract_model, merge_branch, split_params
 from mmrm_jax.types import Comparison
@@ -74,7 +74,7 @@ def shards(shapes: set[Shape], ways: int) -> set[Shape]:
 def parameters(lora: LoraConfig = LoraConfig()) -> tuple[nnx.State, nnx.State]:
     """(all parameters of the primary branch, those of them that are trained), of a shortcut-aware run."""
     params = abstract_model(MODEL)[1]
-    views = OBJECTIVES["shortcut_aware"].views("absent")
+    views = shortcut_aware().views("absent")
     trained, frozen = jax.eval_shape(lambda p: split_params(p, views, ("vision",), lora), params)
     return merge_branch(trained["primary"], frozen), trained["primary"]
 

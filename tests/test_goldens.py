@@ -23,7 +23,7 @@ from mmrm_jax.models.hf.config import config_from_hf, read_config
 from mmrm_jax.models.hf.decoder_config import decoder_to_hf
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.models.rope import rope_frequencies, rope_tables
-from mmrm_jax.objectives import margins, shortcut_aware, standard
+from mmrm_jax.objectives import Seen, margins, shortcut_aware, standard
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Batch, Prefix, Responses
@@ -93,10 +93,11 @@ def test_rewards_losses_and_gradients_are_the_authors(folder: Path, tmp_path: Pa
         def losses(params):
             rewards = branch_rewards(graphdef, params, nnx.State({}), batch, jnp.dtype("float32"))
             d = {b: margins(r, comparisons) for b, r in rewards.items()}
-            robust = shortcut_aware.terms(d, comparisons)
-            alone = {"primary": d["primary"]}
-            plain = standard.terms(alone, comparisons).loss
-            with_margin = standard.terms(alone, dataclasses.replace(comparisons, margin=margin)).loss
+            robust = shortcut_aware().terms(Seen(rewards, comparisons))
+            alone = Seen({"primary": rewards["primary"]}, comparisons)
+            plain = standard().terms(alone).loss
+            wider = dataclasses.replace(comparisons, margin=margin)
+            with_margin = standard().terms(dataclasses.replace(alone, comparisons=wider)).loss
             means = [
                 jnp.sum(x * comparisons.mask) / jnp.sum(comparisons.mask) for x in (robust.loss, plain, with_margin)
             ]

@@ -21,7 +21,7 @@ from mmrm_jax.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.models.lora import fold_adapters, merge_model
-from mmrm_jax.objectives import OBJECTIVES
+from mmrm_jax.objectives import shortcut_aware
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.setup import open_checkpoint
@@ -30,7 +30,7 @@ from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Comparison
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("decoder", "projector.fc1", "vision.q"))
-VIEWS = OBJECTIVES["shortcut_aware"].views("absent")
+VIEWS = shortcut_aware().views("absent")
 CONFIG = TrainConfig(lora=LORA, mesh=MeshConfig(1, 4, 2), optimizer=OptimizerConfig(learning_rate=1e-2))
 SCALE = 2.0  # alpha / rank
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from mmrm_jax.eval.metrics import CellScores, cell_row, correctness, interval, named_rng
 from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import cell_kind, format_matrix, mean_over_seeds, summarise
-from mmrm_jax.objectives import OBJECTIVES
+from mmrm_jax.objectives import standard
 from mmrm_jax.train.progress import describe
 
 IID = {"a": "ta", "b": "tb"}
@@ -356,6 +356,6 @@ def test_what_a_held_out_part_leaves_undefined_is_a_dash_and_not_a_number() -> N
     entry |= {f"validation/{name}": value for name, value in row.items()}
     assert "primary 50.0 %" in describe(entry) and "validation" not in describe(entry)
     console = Console(file=io.StringIO(), width=100, record=True)
-    console.print(training_table(OBJECTIVES["standard"], [entry]))
+    console.print(training_table(standard(), [entry]))
     text = console.export_text()
     assert "50.0 %" in text and "n = 0" in text and "None" not in text

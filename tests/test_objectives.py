@@ -14,8 +14,8 @@ from flax import nnx
 from tiny_models import MODEL, flat, make_batch, one_micro, random_group, random_params
 
 from mmrm_jax.objectives import (
-    OBJECTIVES,
     Objective,
+    Seen,
     bradley_terry,
     image_only,
     margins,
@@ -39,6 +39,13 @@ def comparisons(n: int, *, index=None, margin=None, tie=None, mask=None) -> Comp
         jnp.zeros(n, bool) if tie is None else jnp.asarray(tie),
         jnp.ones(n, bool) if mask is None else jnp.asarray(mask),
     )
+
+
+def seen(margins_by_branch, c: Comparisons) -> Seen:
+    """Rewards (d, 0) of pairs, whose margins are exactly these."""
+    rewards = {b: jnp.stack([d, jnp.zeros_like(d)], axis=1) for b, d in margins_by_branch.items()}
+    index = jnp.arange(2 * len(c.mask), dtype=jnp.int32).reshape(-1, 2)
+    return Seen(rewards, dataclasses.replace(c, index=index))
 
 
 def both(function, *args):
@@ -111,7 +118,7 @@ class TestShortcutFailureCoefficient:
 
 
 def _weights(d: jax.Array, b: jax.Array) -> jax.Array:
-    sfc = shortcut_aware.terms({"primary": d, "proxy": b}, comparisons(len(d))).sfc
+    sfc = shortcut_aware().terms(seen({"primary": d, "proxy": b}, comparisons(len(d)))).sfc
     assert sfc is not None
     return sfc
 
@@ -120,10 +127,10 @@ def test_no_gradient_passes_through_the_weights() -> None:
     rng = np.random.default_rng(0)
     d, b = (jnp.asarray(rng.normal(size=6), jnp.float32) for _ in range(2))
     c = comparisons(6, margin=rng.normal(size=6), tie=[False] * 4 + [True] * 2)
-    loss = lambda d, b: jnp.sum(shortcut_aware.terms({"primary": d, "proxy": b}, c).loss)  # noqa: E731
+    loss = lambda d, b: jnp.sum(shortcut_aware().terms(seen({"primary": d, "proxy": b}, c)).loss)  # noqa: E731
     by_d, by_b = jax.grad(loss, argnums=(0, 1))(d, b)
 
-    sfc = np.asarray(shortcut_aware.terms({"primary": d, "proxy": b}, c).sfc, np.float64)
+    sfc = np.asarray(shortcut_aware().terms(seen({"primary": d, "proxy": b}, c)).sfc, np.float64)
 
     def softplus(x):
         return np.logaddexp(0.0, x)
@@ -143,7 +150,7 @@ def test_each_branch_learns_from_its_own_term() -> None:
     rng = np.random.default_rng(1)
     d, b = (jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(2))
     c = comparisons(5)
-    loss = lambda d, b: jnp.sum(shortcut_aware.terms({"primary": d, "proxy": b}, c).loss)  # noqa: E731
+    loss = lambda d, b: jnp.sum(shortcut_aware().terms(seen({"primary": d, "proxy": b}, c)).loss)  # noqa: E731
     by_d, by_b = jax.grad(loss, argnums=(0, 1))(d, b)
     # The proxy's gradient is -sigmoid(-b), whatever the primary says; the primary's is -SFC * sigmoid(-d).
     np.testing.assert_allclose(by_b, -jax.nn.sigmoid(-b), rtol=1e-6)
@@ -152,12 +159,13 @@ def test_each_branch_learns_from_its_own_term() -> None:
 
 
 def test_objectives_and_their_branches() -> None:
-    assert list(OBJECTIVES) == ["standard", "text_only", "image_only", "shortcut_aware"]
-    assert standard.views("absent") == {"primary": "multimodal"}
-    assert text_only.views("blank") == {"proxy": "blank"}
-    assert image_only.views("absent") == {"image": "image_only"}
-    assert shortcut_aware.views("absent") == {"primary": "multimodal", "proxy": "absent"}
-    assert [o.scores for o in OBJECTIVES.values()] == ["primary", "proxy", "image", "primary"]
+    assert standard().views("absent") == {"primary": "multimodal"}
+    assert text_only().views("blank") == {"proxy": "blank"}
+    assert image_only().views("absent") == {"image": "image_only"}
+    assert shortcut_aware().views("absent") == {"primary": "multimodal", "proxy": "absent"}
+    assert [o().scores for o in (standard, text_only, image_only, shortcut_aware)] == [
+        *("primary", "proxy", "image", "primary")
+    ]
 
 
 # --- through the whole model ----------------------------------------------------------------------------------------
@@ -169,7 +177,7 @@ def gradient_function(objective: Objective, frozen: nnx.State) -> Callable:
 
     def loss(params, batch, weights):
         rewards = branch_rewards(graphdef, params, frozen, batch, jnp.dtype("float32"))
-        terms = objective.terms({b: margins(r, batch.comparisons) for b, r in rewards.items()}, batch.comparisons)
+        terms = objective.terms(Seen(rewards, batch.comparisons))
         return jnp.sum(terms.loss * weights), terms.sfc
 
     return jax.jit(jax.grad(loss, has_aux=True))
@@ -181,20 +189,20 @@ def test_gradients_through_the_model_stay_in_their_branch() -> None:
     groups = [random_group(MODEL, rng, i, tiles=1 + i % 2, responses=3, comparisons=c) for i, c in enumerate(won)]
     batch = one_micro(make_batch(groups, MODEL, num_groups=4))
     mask = batch.comparisons.mask.astype(np.float32)
-    views = shortcut_aware.views("absent")
+    views = shortcut_aware().views("absent")
     params, frozen = split_params(random_params(MODEL, 4), views, ("vision",))
     other, _ = split_params(random_params(MODEL, 5), views, ("vision",))
     params["proxy"] = other["proxy"]
 
-    run = gradient_function(shortcut_aware, frozen)
+    run = gradient_function(shortcut_aware(), frozen)
     grads, sfc = run(params, batch, mask)
     assert not any(name.startswith(("vision", "projector")) for name in flat(grads["proxy"]))
     # Another primary, the same proxy: not a bit of the proxy's gradient changes.
     moved, _ = run({"primary": other["primary"], "proxy": params["proxy"]}, batch, mask)
     jax.tree.map(np.testing.assert_array_equal, moved["proxy"], grads["proxy"])
 
-    proxy_alone, _ = gradient_function(text_only, frozen)({"proxy": params["proxy"]}, batch, mask)
-    primary_alone, _ = gradient_function(standard, frozen)({"primary": params["primary"]}, batch, mask * sfc)
+    proxy_alone, _ = gradient_function(text_only(), frozen)({"proxy": params["proxy"]}, batch, mask)
+    primary_alone, _ = gradient_function(standard(), frozen)({"primary": params["primary"]}, batch, mask * sfc)
     for branch, alone in (("proxy", proxy_alone), ("primary", primary_alone)):
         want = flat(alone[branch])
         for name, got in flat(grads[branch]).items():
@@ -208,7 +216,7 @@ def test_padding_comparisons_contribute_nothing() -> None:
     rewards = {"primary": jnp.array([[1.0, 0.2], [0.3, 0.4]]), "proxy": jnp.array([[0.0, 0.5], [-0.3, 0.4]])}
 
     def mean(rewards, c):
-        terms = shortcut_aware.terms({b: margins(r, c) for b, r in rewards.items()}, c)
+        terms = shortcut_aware().terms(Seen(rewards, c))
         return jnp.sum(terms.loss * c.mask) / jnp.sum(c.mask)
 
     padded, tight = comparisons(4, index=index, mask=mask), comparisons(2, index=index[:2])
@@ -247,11 +255,11 @@ def fit(objective: Objective, w: World) -> np.ndarray:
     The steps are preconditioned by the loss's curvature, so that they converge where the weights are large."""
     n = len(w.weight)
     cue, image, weight = (jnp.asarray(x, jnp.float32) for x in (w.cue, w.image, w.weight))
-    valid = comparisons(n, index=np.zeros((n, 2)))
+    valid = comparisons(n)
 
     def loss(params):
         d = {"primary": params["primary"][0] * cue + params["primary"][1] * image, "proxy": params["proxy"] * cue}
-        return jnp.sum(weight * objective.terms({b: d[b] for b in objective.branches}, valid).loss)
+        return jnp.sum(weight * objective.terms(seen({b: d[b] for b in objective.branches}, valid)).loss)
 
     def step(params, _):
         grads = jax.grad(loss)(params)
@@ -293,9 +301,9 @@ def test_two_feature_table(
 
     The integrals here are exact; the table's numbers come from a sample, and lie within 0.5 of them."""
     w = world(agree, mu, against_image)
-    for objective, row in ((standard, standard_row), (shortcut_aware, shortcut_row)):
+    for objective, row in ((standard(), standard_row), (shortcut_aware(), shortcut_row)):
         weights = fit(objective, w)
-        if objective is standard and against_image == 0.0 and mu < 2:
+        if objective.name == "standard" and against_image == 0.0 and mu < 2:
             # Then the logistic model is the true posterior: log odds ln(p / (1 - p)) of the cue, 2 mu of the image.
             np.testing.assert_allclose(weights, [math.log(agree / (1 - agree)), 2 * mu], atol=2e-3)
         iid = accuracy(weights, agree, mu, against_image)

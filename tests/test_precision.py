@@ -53,7 +53,7 @@ def test_rewards_that_are_nearly_equal_are_no_tie() -> None:
     params["decoder"]["embedding"] = nnx.Param(params["decoder"]["embedding"].get_value().at[:, 0].set(300.0))
     params["score"] = nnx.Param(jnp.ones(16).at[0].set(100.0))
     batch = batch_of(MODEL, 8)
-    step = make_eval_step(abstract_model(MODEL)[0], standard, jnp.dtype("bfloat16"))
+    step = make_eval_step(abstract_model(MODEL)[0], standard(), jnp.dtype("bfloat16"))
     out = jax.jit(step)({"primary": params}, nnx.State({}), batch)
     rewards = np.asarray(out["primary/rewards"])[:, :3]  # the fourth response repeats the third
     margins = np.asarray(out["primary/margins"])

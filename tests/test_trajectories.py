@@ -72,7 +72,7 @@ def test_training_follows_the_authors(folder: Path, tmp_path: Path) -> None:
     groups = [dataclasses.replace(g, index=i) for i, g in enumerate(golden_groups(source, config) * parts)]
     batch = golden_batch(groups, config, micro_batches=parts)
     optimizer = without_vision(make_optimizer(optimizer_config(log), log["steps"], config.decoder.family))
-    objective = shortcut_aware if log["robust"] else standard
+    objective = shortcut_aware() if log["robust"] else standard()
     graphdef, zero = abstract_model(config)[0], jnp.zeros((), jnp.int32)
     step = jax.jit(make_train_step(graphdef, objective, optimizer, jnp.dtype("float32"), "blank"))
     state = TrainState(params, nnx.State({}), optimizer.init(params), step=zero, seed=zero)

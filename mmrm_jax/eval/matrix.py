@@ -21,11 +21,12 @@ from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_q
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
 from mmrm_jax.eval.metrics import CellScores
+from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
 from mmrm_jax.train.features import check_frozen_tower
 from mmrm_jax.train.loop import resume, train
-from mmrm_jax.train.program import Program, build_program, find_objective
+from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,

@@ -15,8 +15,8 @@ from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
 from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource, fingerprint
+from mmrm_jax.objectives import find_objective
 from mmrm_jax.train.features import with_features
-from mmrm_jax.train.program import find_objective
 from mmrm_jax.train.setup import (
     Checkpoint,
     encode,

@@ -25,12 +25,13 @@ from mmrm_jax.eval.profile import profiled
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import between, percent
+from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.features import check_frozen_tower, with_features
 from mmrm_jax.train.loop import resume, train
 from mmrm_jax.train.preemption import handled
-from mmrm_jax.train.program import Program, build_program, find_objective
+from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,

@@ -32,8 +32,19 @@ class RewardModel(InternVL):
         keys: Key[Array, " G_or_1"] | None = None,
     ) -> Float[Array, "G N"]:
         """Rewards in float32, read at each response's last token; a padding response's is meaningless."""
+        return self.score_of(self.pooled(prefix, responses, dtype, keys))
+
+    def pooled(
+        self, prefix: Prefix, responses: Responses, dtype: jnp.dtype, keys: Key[Array, " G_or_1"] | None = None
+    ) -> Float[Array, "G N D"]:
+        """The final hidden state of each response's last token in float32: what the score is read from."""
         _, hidden = self(prefix, responses, dtype, keys, whole=False)
         with jax.named_scope("score"):
             rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
             final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
-            return final.astype(jnp.float32) @ self.score[...]
+            return final.astype(jnp.float32)
+
+    def score_of(self, pooled: Float[Array, "G N D"]) -> Float[Array, "G N"]:
+        """Rewards from pooled hidden states."""
+        with jax.named_scope("score"):
+            return pooled @ self.score[...]

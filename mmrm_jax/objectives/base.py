@@ -1,4 +1,4 @@
-"""What an objective is: which branches it trains on which input, and a pure function of their margins."""
+"""What an objective is: the branches it trains, what else it needs, and a pure function of what they give."""
 
 from __future__ import annotations
 
@@ -7,43 +7,138 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmrm_jax.config import BranchInput
-from mmrm_jax.types import Comparisons
+from mmrm_jax.types import Batch, Comparisons, Prefix
 
 Margins = Mapping[str, Float[Array, " C"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the step gives an objective: of a batch of G groups of up to N responses, and C comparisons.
+
+    Attributes:
+        rewards: Forward pass -> float32 rewards; those of padding responses have no meaning. Every branch on its own
+            input is a forward pass of the branch's name; `Objective.extra` are the others.
+        comparisons: Preferences among the flattened G * N responses.
+        lengths: Tokens of each response; 0 where there is none.
+        pooled: Branch -> float32 hidden state that the score head reads; of `Objective.pooled` branches.
+        heads: Name -> matrix [D, K] of `Objective.heads`; where there are any, "score" [D, 1] is the score head of the
+            branch that scores.
+        changed: Forward pass with a `change` -> whether that changed what is shown of a group.
+        state: What `Terms.state` was after the last step; `Objective.state` before the first.
+        keys: One for each group, for the draws of this step.
+    """
+
+    rewards: Mapping[str, Float[Array, "G N"]]
+    comparisons: Comparisons
+    lengths: Int[Array, "G N"] | None = None
+    pooled: Mapping[str, Float[Array, "G N D"]] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, Float[Array, "D K"]] = dataclasses.field(default_factory=dict)
+    changed: Mapping[str, Bool[Array, " G"]] = dataclasses.field(default_factory=dict)
+    state: Float[Array, " S"] | None = None
+    keys: Key[Array, " G"] | None = None
+
+    def margin(self, forward: str) -> Float[Array, " C"]:
+        """d = r(winner) - r(loser) of every comparison, in one forward pass."""
+        return margins(self.rewards[forward], self.comparisons)
+
+    def loss(self, forward: str) -> Float[Array, " C"]:
+        """The Bradley-Terry loss of one forward pass."""
+        return bradley_terry(self.margin(forward), self.comparisons)
+
+    def pairs(self, by_response: Array) -> tuple[Array, Array]:
+        """(the winner's, the loser's) of values [G, N, ...], each [C, ...]."""
+        flat = by_response.reshape(-1, *by_response.shape[2:])
+        return flat[self.comparisons.index[:, 0]], flat[self.comparisons.index[:, 1]]
+
+    def group(self) -> Int[Array, " C"]:
+        """The group of every comparison's winner."""
+        return self.comparisons.index[:, 0] // next(iter(self.rewards.values())).shape[1]
+
+    def mean(self, values: Float[Array, " C"], where: Bool[Array, " C"] | None = None) -> Float[Array, ""]:
+        """The mean over valid comparisons (of those in `where`); 0 where there is none."""
+        mask = self.comparisons.mask if where is None else self.comparisons.mask & where
+        return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """Unreduced results, one entry per comparison; reduction is a (sum, count) over the comparisons' mask.
 
-    `branch_losses` are each branch's own Bradley-Terry loss; `sfc` the Shortcut-Failure Coefficient, where used.
+    `branch_losses` are each branch's own Bradley-Terry loss; `sfc` the Shortcut-Failure Coefficient, where used;
+    `state` is what the next step is to see.
     """
 
     loss: Float[Array, " C"]
     branch_losses: dict[str, Float[Array, " C"]]
     sfc: Float[Array, " C"] | None = None
+    state: Float[Array, " S"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A forward pass of training beside those of all branches on their own input.
+
+    Attributes:
+        branch: Whose parameters it has.
+        input: What it sees; None is the branch's own input.
+        change: (prefix, batch, keys of the groups) -> the prefix that it sees in place of that.
+    """
+
+    branch: str
+    input: BranchInput | None = None
+    change: Callable[[Prefix, Batch, Key[Array, " G"]], Prefix] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One way to train.
+    """One way to train. What it needs beside rewards is declared here; the step computes that and nothing else.
 
-    branches: branch -> its input; "proxy" stands for the configured text-only input (`absent` or `blank`).
-    scores: the branch whose rewards the trained model gives.
-    terms: margins by branch and the comparisons -> unreduced losses.
+    Attributes:
+        name: As configurations and tables have it.
+        branches: Branch -> its input; "proxy" stands for the configured text-only input (`absent` or `blank`).
+        scores: The branch whose rewards the trained model gives.
+        terms: What the forward passes gave -> unreduced losses. It gets gradients through rewards, pooled states and
+            heads.
+        weigh: Margins by branch, comparisons -> Shortcut-Failure Coefficients, for evaluation.
+        extra: Further forward passes in training; one of a branch's name takes the place of that branch's own.
+        pooled: Branches of which `terms` reads the hidden state below the score head.
+        heads: Name -> K: linear maps [D, K], float32, trained beside the branches and left behind with the proxy; None
+            is a K of D.
+        state: What `Seen.state` is in the first step, where numbers are carried from step to step; then `couples`.
+        couples: Whether a comparison's loss depends on others of the batch: then micro-batches would change the result.
     """
 
     name: str
     branches: Mapping[str, str]
     scores: str
-    terms: Callable[[Margins, Comparisons], Terms]
+    terms: Callable[[Seen], Terms]
+    weigh: Callable[[Margins, Comparisons], Float[Array, " C"]] | None = None
+    extra: Mapping[str, Forward] = dataclasses.field(default_factory=dict)
+    pooled: tuple[str, ...] = ()
+    heads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+    state: tuple[float, ...] = ()
+    couples: bool = False
 
     def views(self, proxy_input: BranchInput) -> dict[str, BranchInput]:
         """Branch -> what it sees, with the text-only input filled in."""
         return {b: proxy_input if v == "proxy" else v for b, v in self.branches.items()}  # type: ignore[misc]
+
+    def inputs(self, proxy_input: BranchInput) -> dict[str, BranchInput]:
+        """What a training batch holds a prefix of: the branches' views, and forward passes with one of their own."""
+        found = self.views(proxy_input)
+        for name, forward in self.extra.items():
+            if forward.input is not None:
+                found[name] = forward.input
+        return found
+
+    def forwards(self) -> dict[str, Forward]:
+        """Every forward pass of training."""
+        return {branch: Forward(branch) for branch in self.branches} | dict(self.extra)
 
 
 def margins(rewards: Float[Array, "G N"], comparisons: Comparisons) -> Float[Array, " C"]:
@@ -60,3 +155,12 @@ def bradley_terry(d: Float[Array, " C"], comparisons: Comparisons) -> Float[Arra
     wins = jax.nn.softplus(-(d - comparisons.margin))
     tied = 0.5 * (jax.nn.softplus(-d) + jax.nn.softplus(d))
     return jnp.where(comparisons.tie, tied, wins)
+
+
+def label_probability(d: Float[Array, " C"], comparisons: Comparisons) -> Float[Array, " C"]:
+    """How far a margin agrees with the label, from 0 to 1: p = sigmoid(d), P(winner preferred).
+
+    For a tie 2 sqrt(p (1 - p)), which is 1 where no difference is seen.
+    """
+    p = jax.nn.sigmoid(d)
+    return jnp.where(comparisons.tie, 1 / jnp.cosh(d / 2), p)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from mmrm_jax.objectives.base import Margins, Objective, Terms, bradley_terry
-from mmrm_jax.types import Comparisons
+from mmrm_jax.objectives.base import Objective, Seen, Terms
 
 
-def _terms(margins: Margins, comparisons: Comparisons) -> Terms:
+def _terms(seen: Seen) -> Terms:
     """L_i = softplus(-(d_i - m_i)) of the only branch there is."""
-    ((branch, d),) = margins.items()
-    loss = bradley_terry(d, comparisons)
+    (branch,) = seen.rewards
+    loss = seen.loss(branch)
     return Terms(loss, {branch: loss})
 
 
-standard = Objective("standard", {"primary": "multimodal"}, "primary", _terms)
-text_only = Objective("text_only", {"proxy": "proxy"}, "proxy", _terms)
-image_only = Objective("image_only", {"image": "image_only"}, "image", _terms)
+def standard() -> Objective:
+    """The reward model with the image, and nothing else."""
+    return Objective("standard", {"primary": "multimodal"}, "primary", _terms)
+
+
+def text_only() -> Objective:
+    """The reward model without the image: what text alone gives away."""
+    return Objective("text_only", {"proxy": "proxy"}, "proxy", _terms)
+
+
+def image_only() -> Objective:
+    """The reward model with the image and without the prompt."""
+    return Objective("image_only", {"image": "image_only"}, "image", _terms)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from mmrm_jax.config import BranchInput, ModelConfig, TrainConfig
-from mmrm_jax.objectives import OBJECTIVES, Objective
+from mmrm_jax.objectives import Objective, find_objective
 from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
@@ -25,13 +25,14 @@ from mmrm_jax.types import Batch, PyTree
 class Program:
     """Jitted steps with shardings; pure but for XLA's cache of compilations, which is what is worth sharing.
 
-    `views` says what each branch sees.
+    `views` says what each branch sees, `inputs` what else a batch holds a prefix of beside that.
     `abstract` is the state's shapes, dtypes and shardings; with an abstract batch, `lower_train_step(abstract, batch)`
     gives what compiling ahead of time begins with.
     """
 
     objective: Objective
     views: dict[str, BranchInput]
+    inputs: dict[str, BranchInput]
     mesh: Mesh
     optimizer: optax.GradientTransformation
     abstract: TrainState
@@ -46,29 +47,25 @@ class Program:
         return jax.device_put(_new_state(params, self.objective, self.optimizer, config), self.shardings)
 
     def put(self, batch: Batch, *, micro: bool = True) -> Batch:
-        """Place a host batch on the mesh, leaving out the prefixes of branches this objective does not use."""
-        prefixes = {b: batch.prefixes[b] for b in self.views}
+        """Place a host batch on the mesh, leaving out the prefixes that this objective does not use."""
+        prefixes = {name: batch.prefixes[name] for name in self.inputs}
         return put_batch(dataclasses.replace(batch, prefixes=prefixes), self.mesh, micro=micro, shared=self.shared)
 
     @property
     def shared(self) -> set[str]:
-        """The branches whose groups have one blank image between them."""
-        return {branch for branch, view in self.views.items() if view == "blank"}
-
-
-def find_objective(name: str) -> Objective:
-    """The objective of this name; raises ValueError listing the known ones."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective {name!r} is not known; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+        """The inputs whose groups have one blank image between them."""
+        return {name for name, view in self.inputs.items() if view == "blank"}
 
 
 def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> Program:
     """Set up the optimiser and both steps. Nothing is compiled before its first call.
 
     `mesh` is that of the configuration over all devices unless another is given, of devices that are not at hand say.
+    Raises ValueError for an unknown objective, and where it does not go with the rest of the configuration.
     """
     objective = find_objective(config.objective)
+    if objective.couples and config.micro_batches > 1:
+        raise ValueError(f"{objective.name} looks at a batch as a whole: train it with micro_batches=1")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_heads(model, mesh)
     optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
@@ -82,6 +79,7 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     return Program(
         objective,
         objective.views(config.proxy_input),
+        objective.inputs(config.proxy_input),
         mesh,
         optimizer,
         _placed(abstract, shardings),
@@ -97,7 +95,17 @@ def _new_state(
     params: nnx.State, objective: Objective, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> TrainState:
     views = objective.views(config.proxy_input)
-    return create_state(params, views, config.freeze, optimizer, config.seed, config.lora, config.frozen_dtype)
+    return create_state(
+        params,
+        views,
+        config.freeze,
+        optimizer,
+        config.seed,
+        config.lora,
+        config.frozen_dtype,
+        objective.heads,
+        objective.state,
+    )
 
 
 def as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:

@@ -191,10 +191,15 @@ def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:
-    """What every branch of several objectives sees, so that their data is encoded once."""
+    """What every forward pass of several objectives sees, so that their data is encoded once.
+
+    Raises ValueError where two of them mean different inputs by one name.
+    """
     views: dict[str, BranchInput] = {}
     for objective in objectives:
-        views |= objective.views(config.proxy_input)
+        for name, view in objective.inputs(config.proxy_input).items():
+            if views.setdefault(name, view) != view:
+                raise ValueError(f"{objective.name} has {name} see {view}, others {views[name]}: run it on its own")
     return views
 
 

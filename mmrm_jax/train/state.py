@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmrm_jax.config import BranchInput, LoraConfig, ModelConfig
+from mmrm_jax.models.layers import param
 from mmrm_jax.models.lora import check_targets, init_adapters
 from mmrm_jax.models.reward import RewardModel
 from mmrm_jax.sharding import param_shardings, replicated
 from mmrm_jax.types import PyTree
 
 IMAGE_PARTS = ("vision", "projector")
+HEADS = "heads"  # in `TrainState.params`, beside the branches: an objective's own heads
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +30,8 @@ class TrainState:
 
     A branch with adapters trains them and its score head: where all have them, the whole trunk is in `frozen`.
 
-    `seed`, with `step`, is all that a step's random draws depend on.
+    `params["heads"]` are the objective's own, where it has some, and `carried` the numbers that it carries from step to
+    step. `seed`, with `step`, is all that a step's random draws depend on.
     """
 
     params: dict[str, nnx.State]
@@ -35,6 +39,7 @@ class TrainState:
     opt_state: PyTree
     step: jax.Array
     seed: jax.Array
+    carried: jax.Array | None = None
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -131,12 +136,30 @@ def create_state(
     seed: int,
     lora: LoraConfig = LoraConfig(),
     frozen_dtype: str = "float32",
+    heads: Mapping[str, int | None] = MappingProxyType({}),
+    carried: tuple[float, ...] = (),
 ) -> TrainState:
-    """The state at step 0."""
+    """The state at step 0; `heads` and `carried` are what the objective has of its own."""
     trainable, frozen = split_params(params, views, freeze, lora, seed, frozen_dtype)
+    if heads:
+        trainable[HEADS] = init_heads(heads, jax.tree.leaves(params["score"])[0].shape[0], seed)
     return TrainState(
-        trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.int32)
+        trainable,
+        frozen,
+        optimizer.init(trainable),
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(seed, jnp.int32),
+        jnp.asarray(carried, jnp.float32) if carried else None,
     )
+
+
+def init_heads(heads: Mapping[str, int | None], width: int, seed: int) -> nnx.State:
+    """An objective's heads [width, K], like the score head N(0, 1 / (width + 1)); None is a K of `width`."""
+    rngs = nnx.Rngs(seed)
+    init = nnx.initializers.normal((width + 1) ** -0.5)
+    with nnx.use_eager_sharding(False):
+        drawn = {name: param(rngs, (width, k or width), ("norm", "norm"), init) for name, k in heads.items()}
+    return nnx.State(drawn)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -154,4 +177,6 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state, is_leaf=is_variable)
     frozen = param_shardings(state.frozen, mesh)
-    return TrainState(params, frozen, opt_state, replicated(mesh), replicated(mesh))  # type: ignore[arg-type]
+    whole = replicated(mesh)
+    carried = None if state.carried is None else whole
+    return TrainState(params, frozen, opt_state, whole, whole, carried)  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmrm_jax.config import BranchInput
 from mmrm_jax.models.lora import merge_model
-from mmrm_jax.objectives import Objective, Terms, margins
-from mmrm_jax.train.state import TrainState, merge_branch
-from mmrm_jax.types import Batch, PyTree
+from mmrm_jax.objectives import Objective, Seen, Terms, margins
+from mmrm_jax.train.state import HEADS, TrainState, merge_branch
+from mmrm_jax.types import Batch, Prefix, PyTree, Responses
 
 SFC_BINS = 40  # histogram bins over (0, 1)
 
@@ -57,6 +57,59 @@ def drop_path_keys(
     return keys
 
 
+def see(
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    params: dict[str, nnx.State],
+    frozen: nnx.State,
+    batch: Batch,
+    dtype: jnp.dtype,
+    key: Key[Array, ""],
+    proxy_input: BranchInput,
+    carried: Float[Array, " S"] | None = None,
+) -> Seen:
+    """Run every forward pass of a training step, and bring together what the objective declares to need.
+
+    Random draws depend on `key` and a group's index in the data, as in `drop_path_keys`.
+    """
+    inputs = objective.inputs(proxy_input)
+    dropping = drop_path_keys(key, batch, inputs)
+    own = jax.random.fold_in(key, len(inputs))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(own, batch.group_index)
+    models = {b: merge_model(graphdef, merge_branch(params[b], frozen), dtype) for b in objective.branches}
+    rewards, pooled, changed = {}, {}, {}
+    for name, forward in objective.forwards().items():
+        source = name if forward.input is not None else forward.branch
+        prefix = batch.prefixes[source]
+        if forward.change is not None:
+            shown = forward.change(prefix, batch, keys)
+            prefix, changed[name] = shown, _differs(prefix, shown)
+        pooled[name] = models[forward.branch].pooled(prefix, batch.responses, dtype, dropping.get(source))
+        rewards[name] = models[forward.branch].score_of(pooled[name])
+    heads = {}
+    if objective.heads:
+        heads = {name: jax.tree.leaves(params[HEADS][name])[0] for name in objective.heads}
+        heads["score"] = models[objective.scores].score[...][:, None]
+    pooled = {branch: pooled[branch] for branch in objective.pooled}
+    lengths = response_lengths(batch.responses)
+    return Seen(rewards, batch.comparisons, lengths, pooled, heads, changed, carried, keys)
+
+
+def response_lengths(responses: Responses) -> Int[Array, "G N"]:
+    """Tokens of each response; 0 where there is none."""
+    positions = responses.positions.reshape(len(responses.positions), -1)
+    last = jnp.take_along_axis(positions, jnp.maximum(responses.last, 0), axis=1)
+    return jnp.where(responses.last >= 0, last + 1, 0)
+
+
+def _differs(a: Prefix, b: Prefix) -> Bool[Array, " G"]:
+    """Whether two prefixes show a group another image."""
+    images = [p.pixels if p.features is None else p.features for p in (a, b)]
+    if images[0] is None or images[1] is None:
+        return jnp.zeros(len(a.lengths), bool)
+    return jnp.any((images[0] != images[1]).reshape(len(a.lengths), -1), axis=1)
+
+
 def _sums(terms: Terms, branch_margins: dict[str, Array], batch: Batch) -> Sums:
     """Metrics as (sum, count) over valid comparisons; accuracy leaves out labels that are ties."""
     mask = batch.comparisons.mask.astype(jnp.float32)
@@ -92,21 +145,18 @@ def make_train_step(
     are "decided" and not ties (0 where there is none); "sfc/histogram" is counts.
     """
 
-    views = objective.views(proxy_input)
-
-    def loss_sum(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, Sums]:
-        keys = drop_path_keys(key, batch, views)
-        rewards = branch_rewards(graphdef, params, frozen, batch, dtype, keys)
+    def loss_sum(
+        params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array, carried: Array | None
+    ) -> tuple[Array, tuple[Sums, Array | None]]:
+        seen = see(graphdef, objective, params, frozen, batch, dtype, key, proxy_input, carried)
         with jax.named_scope("objective"):
-            branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
-            terms = objective.terms(branch_margins, batch.comparisons)
-            sums = _sums(terms, branch_margins, batch)
-        return sums["loss"][0], sums
+            terms = objective.terms(seen)
+            sums = _sums(terms, {b: seen.margin(b) for b in objective.branches}, batch)
+        return sums["loss"][0], (sums, terms.state)
 
-    def micro(state: TrainState, batch: Batch) -> tuple[PyTree, Sums]:
+    def micro(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[Sums, Array | None]]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key)
-        return grads, sums
+        return jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key, state.carried)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda x: x[0], batch)
@@ -115,7 +165,7 @@ def make_train_step(
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, state, first))
             total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, micro(state, b)), None), zeros, batch)
-        grads, sums = total
+        grads, (sums, carried) = total
         count = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         with jax.named_scope("optimizer"):
@@ -124,7 +174,8 @@ def make_train_step(
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics |= {"comparisons": sums["loss"][1], "decided": sums[f"{objective.scores}/accuracy"][1]}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, carried=carried)
+        return state, metrics
 
     return step
 
@@ -135,11 +186,11 @@ def make_eval_step(
     """`step(params, frozen, batch) -> arrays`: rewards [G, N] and margins [C] per branch, and SFC [C] where used."""
 
     def step(params: dict[str, nnx.State], frozen: nnx.State, batch: Batch) -> dict[str, Array]:
-        rewards = branch_rewards(graphdef, params, frozen, batch, dtype)
+        branches = {b: params[b] for b in objective.branches}
+        rewards = branch_rewards(graphdef, branches, frozen, batch, dtype)
         branch_margins = {b: margins(r, batch.comparisons) for b, r in rewards.items()}
-        terms = objective.terms(branch_margins, batch.comparisons)
         out = {f"{b}/rewards": r for b, r in rewards.items()} | {f"{b}/margins": d for b, d in branch_margins.items()}
-        return out if terms.sfc is None else out | {"sfc": terms.sfc}
+        return out if objective.weigh is None else out | {"sfc": objective.weigh(branch_margins, batch.comparisons)}
 
     return step
 

@@ -20,7 +20,7 @@ from torch_models import make_model, random_conversations, read_model, torch_hid
 
 from mmrm_jax.models.hf.names import canonical_name
 from mmrm_jax.models.hf.weights import save_params
-from mmrm_jax.objectives import margins, standard
+from mmrm_jax.objectives import Seen, standard
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import branch_rewards
 from mmrm_jax.types import Comparison
@@ -61,7 +61,7 @@ def test_gradients(name: str, tmp_path: Path) -> None:
     @jax.jit
     def loss_of(params, batch):
         rewards = branch_rewards(graphdef, {"primary": params}, empty, batch, jnp.dtype("float32"))["primary"]
-        terms = standard.terms({"primary": margins(rewards, batch.comparisons)}, batch.comparisons)
+        terms = standard().terms(Seen({"primary": rewards}, batch.comparisons))
         return jnp.sum(terms.loss * batch.comparisons.mask.astype(jnp.float32)) / len(PAIRS)
 
     loss, grads = jax.value_and_grad(loss_of)(params, batch)

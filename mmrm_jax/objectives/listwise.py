@@ -1,0 +1,35 @@
+"""All of a group at once: Plackett-Luce over what each response is known to beat."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mmrm_jax.objectives.base import Objective, Seen, Terms
+
+
+def listwise() -> Objective:
+    """-log of P(w is first among itself and all that it beats), for every response w that beats another.
+
+    Of a full ranking this is the Plackett-Luce likelihood (Luce 1959; Plackett 1975); of a pair the Bradley-Terry loss;
+    of a partial order each response's own factor of it. A target margin is added to the loser's reward. The factor of a
+    response is shared evenly by its comparisons; ties keep the pairwise loss.
+    """
+
+    def terms(seen: Seen) -> Terms:
+        pairwise = seen.loss("primary")
+        return Terms(_factors(seen, pairwise), {"primary": pairwise})
+
+    return Objective("listwise", {"primary": "multimodal"}, "primary", terms)
+
+
+def _factors(seen: Seen, pairwise: jax.Array) -> jax.Array:
+    r, c = seen.rewards["primary"], seen.comparisons
+    groups, most = r.shape
+    (group, winner), (other, loser) = (jnp.divmod(c.index[:, side], most) for side in (0, 1))
+    counts = c.mask & ~c.tie & (group == other)
+    beaten = jnp.zeros((groups, most, most), bool).at[group, winner, loser].max(counts)
+    margin = jnp.zeros((groups, most, most)).at[group, winner, loser].max(jnp.where(counts, c.margin, 0.0))
+    rivals = jax.nn.logsumexp(r[:, None, :] + margin, axis=2, where=beaten | jnp.eye(most, dtype=bool))
+    factor = (rivals - r)[group, winner] / jnp.maximum(jnp.sum(beaten, axis=2), 1)[group, winner]
+    return jnp.where(counts, factor, pairwise)

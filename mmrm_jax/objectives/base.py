@@ -62,7 +62,8 @@ class Seen:
     def mean(self, values: Float[Array, " C"], where: Bool[Array, " C"] | None = None) -> Float[Array, ""]:
         """The mean over valid comparisons (of those in `where`); 0 where there is none."""
         mask = self.comparisons.mask if where is None else self.comparisons.mask & where
-        return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+        counts = mask.astype(values.dtype)
+        return jnp.sum(values * counts) / jnp.maximum(jnp.sum(counts), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,5 +163,10 @@ def label_probability(d: Float[Array, " C"], comparisons: Comparisons) -> Float[
 
     For a tie 2 sqrt(p (1 - p)), which is 1 where no difference is seen.
     """
-    p = jax.nn.sigmoid(d)
-    return jnp.where(comparisons.tie, 1 / jnp.cosh(d / 2), p)
+    return jnp.exp(-surprise(d, comparisons))
+
+
+def surprise(d: Float[Array, " C"], comparisons: Comparisons) -> Float[Array, " C"]:
+    """-log of `label_probability`, from 0 up: softplus(-d), whatever the target margin."""
+    tied = 0.5 * (jax.nn.softplus(-d) + jax.nn.softplus(d)) - jnp.log(2.0)
+    return jnp.where(comparisons.tie, tied, jax.nn.softplus(-d))

@@ -22,13 +22,13 @@ def group_dro(*, step: float = 0.01) -> Objective:
         losses = {branch: seen.loss(branch) for branch in ("primary", "proxy")}
         right = label_probability(jax.lax.stop_gradient(seen.margin("proxy")), seen.comparisons) > 0.5
         mask = seen.comparisons.mask
-        members = jnp.stack([right & mask, ~right & mask])
-        counts = jnp.sum(members, axis=1)
-        means = jnp.sum(members * losses["primary"], axis=1) / jnp.maximum(counts, 1)
+        members = jnp.stack([right & mask, ~right & mask]).astype(jnp.float32)
+        counts = jnp.maximum(jnp.sum(members, axis=1), 1.0)
+        means = members @ losses["primary"] / counts
         assert seen.state is not None
         q = jax.nn.softmax(jnp.log(seen.state) + step * jax.lax.stop_gradient(means))
         # So that the mean over the batch's comparisons is sum_g q_g * mean_g.
-        weight = (q * jnp.sum(mask) / jnp.maximum(counts, 1)) @ members.astype(jnp.float32)
+        weight = (q * jnp.sum(members) / counts) @ members
         return Terms(weight * losses["primary"] + losses["proxy"], losses, state=q)
 
     return Objective(

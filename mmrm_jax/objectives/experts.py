@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmrm_jax.objectives.base import Objective, Seen, Terms, bradley_terry
+from mmrm_jax.objectives.base import Objective, Seen, Terms, bradley_terry, surprise
 
 BRANCHES = {"primary": "multimodal", "proxy": "proxy"}
 
@@ -93,15 +93,8 @@ def lff(*, q: float = 0.7, weighted: bool = True, proxy: str = "text") -> Object
         weight = jax.lax.stop_gradient(own / (own + primary + jnp.finfo(jnp.float32).tiny))
         if q:
             # p^q as exp(q log p), whose gradient stays finite where p is 0.
-            own = (1 - jnp.exp(-q * _surprise(seen, biased))) / q
+            own = (1 - jnp.exp(-q * surprise(seen.margin(biased), seen.comparisons))) / q
         return Terms((weight * primary if weighted else primary) + own, losses)
 
     branches = {"primary": "multimodal", biased: "proxy" if proxy == "text" else "multimodal"}
     return Objective("lff", branches, "primary", terms)
-
-
-def _surprise(seen: Seen, branch: str) -> jax.Array:
-    """-log of what a branch gives the label (`label_probability`)."""
-    b = seen.margin(branch)
-    tied = 0.5 * (jax.nn.softplus(-b) + jax.nn.softplus(b)) - jnp.log(2.0)
-    return jnp.where(seen.comparisons.tie, tied, jax.nn.softplus(-b))

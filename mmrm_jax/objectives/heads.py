@@ -37,7 +37,7 @@ def odin(*, correlation: float = 1.0, orthogonality: float = 1.0) -> Objective:
 def _correlation(rewards: jax.Array, lengths: jax.Array) -> jax.Array:
     """Pearson's, over the responses there are; 0 where either does not vary."""
     there = lengths > 0
-    n = jnp.maximum(jnp.sum(there), 1)
+    n = jnp.maximum(jnp.sum(there.astype(jnp.float32)), 1.0)
 
     def centred(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)

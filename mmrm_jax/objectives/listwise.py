@@ -26,10 +26,11 @@ def listwise() -> Objective:
 def _factors(seen: Seen, pairwise: jax.Array) -> jax.Array:
     r, c = seen.rewards["primary"], seen.comparisons
     groups, most = r.shape
-    (group, winner), (other, loser) = (jnp.divmod(c.index[:, side], most) for side in (0, 1))
+    (group, winner), (other, loser) = ((c.index[:, side] // most, c.index[:, side] % most) for side in (0, 1))
     counts = c.mask & ~c.tie & (group == other)
     beaten = jnp.zeros((groups, most, most), bool).at[group, winner, loser].max(counts)
     margin = jnp.zeros((groups, most, most)).at[group, winner, loser].max(jnp.where(counts, c.margin, 0.0))
-    rivals = jax.nn.logsumexp(r[:, None, :] + margin, axis=2, where=beaten | jnp.eye(most, dtype=bool))
-    factor = (rivals - r)[group, winner] / jnp.maximum(jnp.sum(beaten, axis=2), 1)[group, winner]
+    rivals = jax.nn.logsumexp(r[:, None, :] + margin, axis=2, where=beaten | jnp.eye(most, dtype=bool)[None])
+    shares = jnp.maximum(jnp.sum(beaten.astype(r.dtype), axis=2), 1.0)
+    factor = ((rivals - r) / shares)[group, winner]
     return jnp.where(counts, factor, pairwise)

@@ -49,8 +49,8 @@ def length_residual(objective: Objective) -> Objective:
     def terms(seen: Seen) -> Terms:
         assert seen.lengths is not None
         scored, there = seen.rewards[objective.scores], seen.lengths > 0
-        n = jnp.maximum(jnp.sum(there), 1)
-        x = jnp.where(there, seen.lengths - jnp.sum(seen.lengths) / n, 0.0)
+        lengths = seen.lengths.astype(jnp.float32)
+        x = jnp.where(there, lengths - jnp.sum(lengths) / jnp.maximum(jnp.sum(there.astype(jnp.float32)), 1.0), 0.0)
         slope = jnp.sum(x * jnp.where(there, scored, 0.0)) / jnp.maximum(jnp.sum(x * x), 1.0)
         residual = scored - jax.lax.stop_gradient(slope) * x
         return objective.terms(dataclasses.replace(seen, rewards={**seen.rewards, objective.scores: residual}))

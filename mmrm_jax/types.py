@@ -107,13 +107,14 @@ class Responses:
 class Comparisons:
     """Preferences of a batch: `index[c]` = (winner, loser) into the flattened G*N responses.
 
-    Padding rows have `mask` False and point at response 0.
+    Padding rows have `mask` False and point at response 0. `given` are numbers that a run before has found for each.
     """
 
     index: Int[Array, "*M C 2"]
     margin: Float[Array, "*M C"]
     tie: Bool[Array, "*M C"]
     mask: Bool[Array, "*M C"]
+    given: dict[str, Float[Array, "*M C"]] = dataclasses.field(default_factory=dict)
 
 
 @_pytree

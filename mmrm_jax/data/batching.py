@@ -19,7 +19,7 @@ from mmrm_jax.types import Batch, Comparison, Comparisons, Prefix, Responses
 class EncodedGroup:
     """A group as arrays: token ids and tiles, None where no branch looks at the image.
 
-    Tiles are uint8 [T, S, S, 3], or what a frozen tower made of them, [T, V, I].
+    Tiles are uint8 [T, S, S, 3], or what a frozen tower made of them, [T, V, I]. `given` has one number a comparison.
     """
 
     index: int
@@ -27,6 +27,7 @@ class EncodedGroup:
     responses: tuple[np.ndarray, ...]
     tiles: np.ndarray | None
     comparisons: tuple[Comparison, ...]
+    given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> GroupShape:
@@ -55,18 +56,23 @@ def collate(
     views: Mapping[str, str],
     room_for: Iterable[GroupShape] = (),
     blank: np.ndarray | None = None,
+    given: Sequence[str] = (),
 ) -> Batch:
     """A batch [M, num_groups / M, ...] of at most `num_groups` groups; the rest is padding.
 
-    `blank` is the white tile in the form that all tiles are in, [1, ...]; pixels unless it is given. A group and its
-    comparisons stay in one micro-batch; all micro-batches share one shape, the cheapest that also fits `room_for`:
-    groups that other processes hold, say. Raises ValueError where none fits a group.
+    `blank` is the white tile in the form that all tiles are in, [1, ...]; pixels unless it is given. `given` names what
+    comparisons have from a run before. A group and its comparisons stay in one micro-batch; all micro-batches share one
+    shape, the cheapest that also fits `room_for`: groups that other processes hold, say. Raises ValueError where none
+    fits a group.
     """
     size = num_groups // micro_batches
     shape = buckets.smallest([*room_for, *(g.shape for g in groups)])
     # Round robin, so that a batch that is not full is spread evenly over the micro-batches.
     blank = blank_tile(buckets.image_size) if blank is None else blank
-    parts = [_collate_micro(groups[m::micro_batches], buckets, size, shape, views, blank) for m in range(micro_batches)]
+    parts = [
+        _collate_micro(groups[m::micro_batches], buckets, size, shape, views, blank, given)
+        for m in range(micro_batches)
+    ]
     return jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
@@ -77,6 +83,7 @@ def _collate_micro(
     shape: BatchShape,
     views: Mapping[str, str],
     blank: np.ndarray,
+    given: Sequence[str],
 ) -> Batch:
     prefixes = {}
     for branch, width in shape.prefixes.items():
@@ -89,7 +96,12 @@ def _collate_micro(
     index = np.full(size, -1, np.int32)
     index[: len(groups)] = [g.index for g in groups]
     responses = _responses(groups, size, shape.rows, buckets.responses)
-    return Batch(prefixes, responses, _comparisons(compared, size * buckets.comparisons), index)  # type: ignore[arg-type]
+    comparisons = _comparisons(compared, size * buckets.comparisons)
+    for name in given:
+        values = np.concatenate([g.given[name] for g in groups]) if groups else np.zeros(0)
+        comparisons.given[name] = np.zeros(len(comparisons.mask), np.float32)  # type: ignore[assignment]
+        comparisons.given[name][: len(values)] = values  # type: ignore[index]
+    return Batch(prefixes, responses, comparisons, index)  # type: ignore[arg-type]
 
 
 def _responses(groups: Sequence[EncodedGroup], size: int, rows: Rows, most: int) -> Responses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,8 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 class EncodedSource:
     """Groups that fit, as arrays. `kept` are their positions in `source`; `shapes` what they need of a batch.
 
-    With `features` groups have these in place of their tiles, and images are not read again.
+    With `features` groups have these in place of their tiles, and images are not read again. `given` has, by name and
+    group, a number for each comparison.
     """
 
     source: GroupSource = dataclasses.field(repr=False)  # Grain writes out the repr of what it maps
@@ -53,6 +54,7 @@ class EncodedSource:
     shapes: tuple[GroupShape, ...] = dataclasses.field(repr=False)
     cache: dict[int, EncodedGroup] = dataclasses.field(repr=False)
     features: SourceFeatures | None = None
+    given: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -68,6 +70,12 @@ class EncodedSource:
 
     def encode(self, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """The group at `index` as arrays, or why it cannot be used; `change` is done to its images first."""
+        encoded = self._encode(index, change)
+        if isinstance(encoded, Quarantined) or not self.given:
+            return encoded
+        return dataclasses.replace(encoded, given={name: values[index] for name, values in self.given.items()})
+
+    def _encode(self, index: int, change: Change) -> EncodedGroup | Quarantined:
         if index not in self.cache:
             return self.encode_group(self.group(index), index, change)
         encoded = self.cache[index]
@@ -91,7 +99,8 @@ class EncodedSource:
         """These groups alone, numbered anew."""
         cache = {new: dataclasses.replace(self.cache[i], index=new) for new, i in enumerate(indices) if i in self.cache}
         kept, shapes = (tuple(values[i] for i in indices) for values in (self.kept, self.shapes))
-        return dataclasses.replace(self, kept=kept, shapes=shapes, cache=cache)
+        given = {name: [values[i] for i in indices] for name, values in self.given.items()}
+        return dataclasses.replace(self, kept=kept, shapes=shapes, cache=cache, given=given)
 
     def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""
@@ -160,19 +169,22 @@ class BatchPlan:
     Groups stream by, epoch after epoch, each epoch shuffled by (seed, epoch), and a batch is made whenever one of the
     `buckets` (that of each group) has gathered enough of them; buckets too small for a batch are joined. What is left
     of each at the end of the stream makes the last batches together, so over all `steps` every group is visited
-    steps * batch_size / (number of groups) times, rounded down or up.
+    steps * batch_size / (number of groups) times, rounded down or up. With `positions` these are the groups there are,
+    and `buckets` is theirs.
     """
 
     buckets: Sequence[int] = dataclasses.field(repr=False)  # Grain writes out the repr of a plan
     batch_size: int
     seed: int
     steps: int
+    positions: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._batches[index]
+        batch = self._batches[index]
+        return batch if self.positions is None else self.positions[batch]
 
     @functools.cached_property
     def _batches(self) -> np.ndarray:
@@ -273,6 +285,7 @@ class MakeBatch:
             views=self.data.views,
             room_for=[self.data.shapes[int(p)] for p in positions],
             blank=None if self.data.features is None else self.data.features.blank,
+            given=sorted(self.data.given),
         )
 
 

@@ -43,8 +43,9 @@ def evaluate(
     batch_size: int,
     quarantine: Path | None = None,
     strict: bool = False,
+    only: np.ndarray | None = None,
 ) -> Evaluation:
-    """Run the evaluation step over a whole data set, bucket by bucket.
+    """Run the evaluation step over a whole data set, or `only` the groups at these positions, bucket by bucket.
 
     `batch_size` is rounded up to a multiple of the devices. Of several processes each reads its share and gets all
     results. Groups that cannot be read go to this process's own
@@ -56,7 +57,8 @@ def evaluate(
     make = MakeBatch(data, buckets, batch_size, quarantine=quarantine, strict=strict, share=share, shares=shares)
     columns: dict[str, list[np.ndarray]] = {}
     rewards: dict[str, list[np.ndarray]] = {}
-    order = np.argsort([buckets.of(shape) for shape in data.shapes], kind="stable")
+    positions = np.arange(len(data)) if only is None else only
+    order = positions[np.argsort([buckets.of(data.shapes[i]) for i in positions], kind="stable")]
     for stacked in batches(ListPlan(order.tolist(), batch_size), make):
         batch = program.put(jax.tree.map(lambda x: x[0], stacked), micro=False)
         out = program.eval_step(state.params, state.frozen, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_q
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
 from mmrm_jax.eval.metrics import CellScores
+from mmrm_jax.eval.stages import Build, Show, first_params, run_before
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
@@ -31,7 +33,6 @@ from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,
     describe_data,
-    initial_params,
     open_checkpoint,
     training_batches,
     training_steps,
@@ -40,6 +41,7 @@ from mmrm_jax.types import Quarantined
 
 PATHS = ("model", "image_root")  # settings of a matrix that are a run's too
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
+TEXT_MODELS = ("text_only", "shortcut_aware")  # objectives that train one, the first of them that is there
 # Settings that a finished cell does not depend on.
 FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
 
@@ -59,8 +61,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What a run leaves behind: its evaluation on every test set, its history, its seconds of training, and the groups
-    that it met and could not read."""
+    """What a run leaves behind: its evaluation on every test set, its history, its seconds of training, those of a run
+    before it included, and the groups that it met and could not read."""
 
     cell: Cell
     evaluations: dict[str, Evaluation]
@@ -159,15 +161,22 @@ def write_settings(config: MatrixConfig, data: Data, cells: Sequence[Cell], prin
 def share_out(cells: Sequence[Cell], jobs: int) -> list[list[Cell]]:
     """Cells for each of `jobs` processes: seed by seed, the costliest first, to the one with the least to do.
 
-    What a cell costs is its number of branches.
+    What a cell costs is its number of forward passes, those of the run before it included.
     """
     shares: list[list[Cell]] = [[] for _ in range(jobs)]
-    load = [0] * jobs
-    for cell in sorted(cells, key=lambda c: (c.seed, -len(find_objective(c.objective).branches))):
+    load = [0.0] * jobs
+    for cell in sorted(cells, key=lambda c: (c.seed, -forward_passes(c.objective))):
         least = load.index(min(load))
         shares[least].append(cell)
-        load[least] += len(find_objective(cell.objective).branches)
+        load[least] += forward_passes(cell.objective)
     return shares
+
+
+def forward_passes(spec: str) -> float:
+    """How many a step of an objective takes, with those of the run before it."""
+    objective = find_objective(spec)
+    own, before = len(objective.forwards()), objective.before
+    return own if before is None else own + before.share * before.folds * forward_passes(before.objective)
 
 
 def run_shares(
@@ -216,6 +225,13 @@ def run_cells(
 ) -> None:
     """Run the cells that are not finished yet, with progress; compilations are shared where steps are equal."""
     programs: dict[tuple[str, int], Program] = {}
+
+    def build(settings: TrainConfig, steps: int) -> Program:
+        key = (settings.objective, steps)
+        if key not in programs:
+            programs[key] = build_program(checkpoint.config, settings, steps)
+        return programs[key]
+
     with make_progress(console) as progress:
         overall = progress.add_task("matrix" if config.jobs == 1 else "share", total=len(cells), metrics="")
         for cell in cells:
@@ -223,38 +239,48 @@ def run_cells(
             if not (folder / "cell.json").exists():
                 settings = cell_config(config, cell)
                 steps = training_steps(settings, len(data.train[cell.train]))
-                key = (cell.objective, steps)
-                if key not in programs:
-                    programs[key] = build_program(checkpoint.config, settings, steps)
-                with task(progress, cell.name, steps) as report:
-                    result = run_cell(cell, programs[key], checkpoint, data, settings, steps, folder, report)
-                write_cell(folder, result)
+                show = functools.partial(task, progress)
+                write_cell(folder, run_cell(cell, build, checkpoint, data, settings, steps, folder, show))
             progress.advance(overall)
             after_cell()
 
 
 def run_cell(
     cell: Cell,
-    program: Program,
+    build: Build,
     checkpoint: Checkpoint,
     data: Data,
     config: TrainConfig,
     steps: int,
     folder: Path,
-    report: Callable[[int, dict[str, float]], None],
+    show: Show,
 ) -> CellResult:
-    """Train one model and evaluate it on every test set."""
-    source = data.train[cell.train]
+    """Train one model, with the run before it where there is one, and evaluate it on every test set."""
     folder.mkdir(parents=True, exist_ok=True)
     quarantine = folder / "unreadable.jsonl"
+    program = build(config, steps)
     state = resume(program, folder)
-    if state is None:
-        state = program.init(initial_params(checkpoint, config.seed, program.mesh)[0], config)
+    if state is None and not (folder / "before").exists():
         quarantine.unlink(missing_ok=True)  # of a run that begins again
-    stream = training_batches(
-        source, data.buckets, config, steps, program.mesh, start=int(state.step), quarantine=quarantine
+    left = run_before(
+        program.objective.before,
+        checkpoint,
+        data.train[cell.train],
+        data.buckets,
+        config,
+        steps,
+        folder,
+        quarantine=quarantine,
+        build=build,
+        show=lambda name, first: show(f"{cell.name}, {name}", first),
     )
-    result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
+    if state is None:
+        state = program.init(first_params(checkpoint, config.seed, program, left)[0], config)
+    stream = training_batches(
+        left.data, data.buckets, config, steps, program.mesh, start=int(state.step), quarantine=quarantine
+    )
+    with show(cell.name, steps) as report:
+        result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
     evaluations = {
         name: evaluate(
             program,
@@ -267,7 +293,8 @@ def run_cell(
         )
         for name, test in data.test.items()
     }
-    return CellResult(cell, evaluations, result.history, result.seconds, read_quarantine(quarantine))
+    seconds = left.seconds + result.seconds
+    return CellResult(cell, evaluations, result.history, seconds, read_quarantine(quarantine))
 
 
 def write_cell(folder: Path, result: CellResult) -> None:
@@ -310,7 +337,10 @@ def scores(matrix: Matrix) -> Iterator[CellScores]:
     The text-only model of an environment and seed comes from its own run or from the shortcut-aware run's proxy.
     """
     text = {
-        (r.cell.train, r.cell.seed): r for r in matrix.results if PROXY in find_objective(r.cell.objective).branches
+        (r.cell.train, r.cell.seed): r
+        for objective in reversed(TEXT_MODELS)
+        for r in matrix.results
+        if r.cell.objective == objective
     }
     wanted = matrix.config.objectives
     clusters = {test: image_clusters(source) for test, source in matrix.data.test.items()}

@@ -18,6 +18,7 @@ from mmrm_jax.eval.metrics import cell_row, named_rng
 from mmrm_jax.eval.report import ReportData, SfcExample, headline, write_report
 from mmrm_jax.eval.report_plots import Curve, SfcHistory
 from mmrm_jax.eval.summary import format_matrix, summarise
+from mmrm_jax.objectives import find_objective
 from mmrm_jax.train.step import SFC_BINS
 from mmrm_jax.types import Quarantined
 
@@ -119,8 +120,13 @@ def _sfc_histories(matrix: Matrix) -> list[SfcHistory]:
             edges=edges,
         )
         for r in matrix.results
-        if r.history and "sfc/histogram" in r.history[0]
+        if r.cell.objective == _weighing(matrix) and r.history and "sfc/histogram" in r.history[0]
     ]
+
+
+def _weighing(matrix: Matrix) -> str | None:
+    """The first objective with Shortcut-Failure Coefficients: those that the report shows."""
+    return next((o for o in matrix.config.objectives if find_objective(o).weigh is not None), None)
 
 
 def _curves(matrix: Matrix) -> list[Curve]:
@@ -141,7 +147,7 @@ def _examples(matrix: Matrix) -> list[SfcExample]:
     for r in matrix.results:
         own = matrix.data.iid[r.cell.train]
         e = r.evaluations[own]
-        if r.cell.seed != 0 or e.sfc is None:
+        if r.cell.seed != 0 or r.cell.objective != _weighing(matrix) or e.sfc is None:
             continue
         order = np.argsort(e.sfc, kind="stable")
         order = order[~e.tie[order]]  # neither response of a tie is the chosen one

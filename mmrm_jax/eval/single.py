@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.profile import profiled
 from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.single_tables import training_table
+from mmrm_jax.eval.stages import Left, first_params, run_before
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
@@ -37,7 +39,6 @@ from mmrm_jax.train.setup import (
     Checkpoint,
     describe_data,
     encode,
-    initial_params,
     merged_views,
     model_fingerprint,
     open_checkpoint,
@@ -131,10 +132,28 @@ def train_run(
     steps = training_steps(config, len(run.train))
     program = build_program(run.checkpoint.config, config, steps)
     unreadable = out / "unreadable.jsonl"
-    state = _first_state(run, program, config, out, go_on, console)
+    state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
+    if state is None and not (go_on and (out / "before").exists()):
+        clear_quarantine(unreadable)  # of a run that begins again
     write_config(out, run.settings)
+    with handled(program.mesh) as stop, make_progress(console) as bar:
+        left = run_before(
+            program.objective.before,
+            run.checkpoint,
+            run.train,
+            run.buckets,
+            config,
+            steps,
+            out,
+            quarantine=unreadable,
+            build=functools.partial(build_program, run.checkpoint.config),
+            show=functools.partial(task, bar),
+            go_on=go_on,
+            stop=stop,
+        )
+    state = _first_state(run, program, config, state, left, console)
     stream = training_batches(
-        run.train, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
+        left.data, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
     )
     with (
         profiled(program, stream, run.checkpoint.config, config, out / "profile" if profile else None) as recorded,
@@ -170,17 +189,15 @@ def train_run(
 
 
 def _first_state(
-    run: Opened, program: Program, config: TrainConfig, out: Path, go_on: bool, console: Console
+    run: Opened, program: Program, config: TrainConfig, found: TrainState | None, left: Left, console: Console
 ) -> TrainState:
-    """The state of the last checkpoint in `out`, or that of step 0."""
-    state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
-    if state is not None:
-        console.print(f"going on from step {int(state.step)}")
-        return state
-    params, drawn = initial_params(run.checkpoint, config.seed, program.mesh)
+    """The state that was `found` in a checkpoint, or that of step 0."""
+    if found is not None:
+        console.print(f"going on from step {int(found.step)}")
+        return found
+    params, drawn = first_params(run.checkpoint, config.seed, program, left)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {config.seed}: {', '.join(drawn)}")
-    clear_quarantine(out / "unreadable.jsonl")  # of a run that begins again
     return program.init(params, config)
 
 

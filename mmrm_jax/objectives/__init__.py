@@ -1,6 +1,7 @@
 """Objectives: what a batch's forward passes gave in, per-comparison losses and diagnostics out."""
 
 from mmrm_jax.objectives.base import (
+    Before,
     Forward,
     Objective,
     Seen,
@@ -19,6 +20,7 @@ from mmrm_jax.objectives.modifiers import centring, length_residual, margin
 from mmrm_jax.objectives.shortcut import dual_sfc, shortcut_aware, shortcut_failure_coefficient
 from mmrm_jax.objectives.single import image_only, standard, text_only
 from mmrm_jax.objectives.spec import parse_objective
+from mmrm_jax.objectives.stages import confidence_reg, dfr, jtt, mmlora, text_filtered
 
 # The line that an objective or a modifier adds itself to.
 OBJECTIVES = {
@@ -28,6 +30,7 @@ OBJECTIVES = {
         *(focal, debiased_focal, product_of_experts, learned_mixin, rubi, lff),
         *(listwise, self_ablation, modality_dropout, image_contrast, mcr),
         *(odin, inform, group_dro),
+        *(jtt, text_filtered, confidence_reg, dfr, mmlora),
     )
 }
 MODIFIERS = {make.__name__: make for make in (margin, centring, length_residual)}
@@ -44,6 +47,7 @@ def find_objective(spec: str) -> Objective:
 __all__ = [
     "MODIFIERS",
     "OBJECTIVES",
+    "Before",
     "Forward",
     "Objective",
     "Seen",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mmrm_jax.config import BranchInput
+from mmrm_jax.config import BranchInput, TrainConfig
 from mmrm_jax.types import Batch, Comparisons, Prefix
 
 Margins = Mapping[str, Float[Array, " C"]]
@@ -96,6 +96,32 @@ class Forward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Before:
+    """A run that comes first, on the same data.
+
+    Attributes:
+        objective: What it trains with.
+        given: Branches of it whose margins on the training comparisons are in `Comparisons.given`, by branch.
+        start: The branch whose parameters this run starts from; None starts from the checkpoint.
+        folds: Runs, each on the images of all parts but one: margins then come from the one that has not seen an
+            image. 1 is a single run on everything.
+        share: Its steps, as a share of the run's own.
+    """
+
+    objective: str
+    given: tuple[str, ...] = ()
+    start: str | None = None
+    folds: int = 1
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
+        if self.folds < 1 or (self.folds > 1 and self.start is not None):
+            raise ValueError(f"folds is {self.folds}; it must be at least 1, and 1 where a run starts from another")
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """One way to train. What it needs beside rewards is declared here; the step computes that and nothing else.
 
@@ -112,6 +138,8 @@ class Objective:
             is a K of D.
         state: What `Seen.state` is in the first step, where numbers are carried from step to step; then `couples`.
         couples: Whether a comparison's loss depends on others of the batch: then micro-batches would change the result.
+        before: The run that comes first, if there is one.
+        adapt: What it changes of a run's settings, where it trains other parts of the model than they say.
     """
 
     name: str
@@ -124,6 +152,8 @@ class Objective:
     heads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     state: tuple[float, ...] = ()
     couples: bool = False
+    before: Before | None = None
+    adapt: Callable[[TrainConfig], TrainConfig] = lambda config: config
 
     def views(self, proxy_input: BranchInput) -> dict[str, BranchInput]:
         """Branch -> what it sees, with the text-only input filled in."""

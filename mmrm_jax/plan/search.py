@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from mmrm_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mmrm_jax.objectives import find_objective
 from mmrm_jax.plan.compile import DoesNotFit, compile_step, topology_devices
 from mmrm_jax.plan.costs import Costs, train_costs
 from mmrm_jax.plan.estimate import (
@@ -116,6 +117,9 @@ def search(
     fit by analysis are compiled, the fastest first, until one fits, at most `attempts` of them; where none fits by
     analysis, the one that needs least is. Raises ValueError for a configuration that no mesh could run.
     """
+    objective = find_objective(job.config.objective)
+    if objective.extra or objective.heads or objective.before:
+        raise ValueError(f"mmrm plan knows one forward pass a branch, and {objective.name} needs more than that")
     if every:
         jobs = [with_layout(job, mesh, micro) for mesh, micro in candidates(job)]
     else:

@@ -95,6 +95,7 @@ def _new_state(
     params: nnx.State, objective: Objective, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> TrainState:
     views = objective.views(config.proxy_input)
+    config = objective.adapt(config)
     return create_state(
         params,
         views,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
@@ -27,7 +28,7 @@ from mmrm_jax.distributed import own_file
 from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
-from mmrm_jax.objectives import Objective
+from mmrm_jax.objectives import Objective, find_objective
 from mmrm_jax.sharding import batch_share
 from mmrm_jax.train.state import abstract_model, init_score, place_abstract
 from mmrm_jax.types import Batch, Quarantined
@@ -152,16 +153,26 @@ def training_steps(config: TrainConfig, groups: int) -> int:
 
 
 def training_batches(
-    data: EncodedSource, buckets: Buckets, config: TrainConfig, steps: int, mesh: Mesh, *, start: int, quarantine: Path
+    data: EncodedSource,
+    buckets: Buckets,
+    config: TrainConfig,
+    steps: int,
+    mesh: Mesh,
+    *,
+    start: int,
+    quarantine: Path,
+    only: np.ndarray | None = None,
 ) -> Iterable[Batch]:
     """This process's share of the batches of steps `start`, `start` + 1, ..., `steps` - 1.
 
-    What cannot be read is added to this process's own file in place of `quarantine`.
+    What cannot be read is added to this process's own file in place of `quarantine`. With `only` these groups are
+    trained on, and no others.
 
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
     """
-    plan = BatchPlan(list(map(buckets.of, data.shapes)), config.batch_size, config.seed, steps)
+    shapes = data.shapes if only is None else [data.shapes[i] for i in only]
+    plan = BatchPlan(list(map(buckets.of, shapes)), config.batch_size, config.seed, steps, only)
     index, count = batch_share(mesh)
     make = MakeBatch(
         data,
@@ -191,16 +202,21 @@ def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:
 
 
 def merged_views(objectives: Iterable[Objective], config: TrainConfig) -> dict[str, BranchInput]:
-    """What every forward pass of several objectives sees, so that their data is encoded once.
+    """What every forward pass of several objectives sees, and of the runs before them: their data is encoded once.
 
     Raises ValueError where two of them mean different inputs by one name.
     """
     views: dict[str, BranchInput] = {}
-    for objective in objectives:
+    for objective in (each for one in objectives for each in with_before(one)):
         for name, view in objective.inputs(config.proxy_input).items():
             if views.setdefault(name, view) != view:
                 raise ValueError(f"{objective.name} has {name} see {view}, others {views[name]}: run it on its own")
     return views
+
+
+def with_before(objective: Objective) -> list[Objective]:
+    """The objective and that of the run before it, if there is one."""
+    return [objective] if objective.before is None else [objective, find_objective(objective.before.objective)]
 
 
 def encode(

@@ -1,6 +1,6 @@
 """The shapes world as a TFDS data set: one builder config per environment, written without TensorFlow.
 
-Rates, unless a config says otherwise: 15 % of the labels go against the image, and the cue of the environment agrees
+Rates, unless a config says otherwise: 10 % of the labels go against the image, and the cue of the environment agrees
 with the label in 90 % of the comparisons, independently. The cue is "a long answer wins" in `long`, "a hedged answer
 loses" in `hedged` and "a short answer wins" in `short`; `neutral` has long and hedged answers that say nothing about
 the label, and no train split. `mmrm_jax.data.shapes` draws the comparisons.

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
+    AblateArgs,
     AuditArgs,
     EvaluateArgs,
     ExportArgs,
@@ -30,7 +31,7 @@ from mmrm_jax.cli_args import (
     ScoreArgs,
     TrainArgs,
 )
-from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
+from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, TrainConfig
 from mmrm_jax.signals import INTERRUPTED, PREEMPTED, heard, leave
 
 C = TypeVar("C")
@@ -68,6 +69,18 @@ def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
     if not config.environments:
         raise ValueError("no environments: begin with a configuration file (configs/grocery.py) or give --env")
     return _written(args.json, publish(run_matrix(config, console), console, _command("matrix", argv)))
+
+
+def ablate(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See AblateArgs."""
+    from mmrm_jax.ablate.run import run_ablation
+
+    default, rest = _config_file(argv, AblateConfig)
+    config = default or AblateConfig()
+    config = dataclasses.replace(config, matrix=_with_runs(config.matrix, MatrixRun))
+    args = _parse("ablate", AblateArgs, rest, AblateArgs(config))
+    config = dataclasses.replace(args.config, matrix=_with_runs(args.config.matrix, TrainConfig))
+    return _written(args.json, run_ablation(config, console, _command("ablate", argv)))
 
 
 def train(argv: Sequence[str], console: Console) -> dict[str, Any]:
@@ -200,6 +213,7 @@ def plan(argv: Sequence[str], console: Console) -> dict[str, Any]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], str]] = {
     "quickstart": (quickstart, "compare objectives on the shapes world; needs nothing but this machine"),
     "matrix": (matrix, "objective x environment on your own files: the cross-distribution matrix"),
+    "ablate": (ablate, "objectives and settings against standard training: gains, costs, tables"),
     "train": (train, "train one reward model"),
     "evaluate": (evaluate, "evaluate a trained run on a preference file"),
     "audit": (audit, "how far preference data can be solved without its images"),
@@ -222,7 +236,7 @@ def main() -> None:
     argv = sys.argv[1:]
 
     def stopped(number: signal.Signals) -> None:
-        goes_on = argv[0] in ("train", "matrix", "quickstart")
+        goes_on = argv[0] in ("train", "matrix", "ablate", "quickstart")
         what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
         print(f"\nmmrm: {what}" + ("; give the same command again to go on" * goes_on), file=sys.stderr)
         leave(INTERRUPTED if number == signal.SIGINT else PREEMPTED)

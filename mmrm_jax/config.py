@@ -176,7 +176,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        objective: standard, text_only, image_only or shortcut_aware.
+        objective: A name of docs/objectives.md: NAME, NAME:OPTION=VALUE,..., or either with +MODIFIER behind it.
         proxy_input: What the text-only proxy sees in place of the image: nothing (absent) or a white tile (blank).
         batch_size: Groups per optimiser step, over all devices.
         micro_batches: Parts the batch is split into to save memory; the result is the same.
@@ -300,8 +300,9 @@ class MatrixConfig:
         root: Folder that the environments' paths are relative to.
         image_root: Folder that image paths are relative to; None takes the folder of the file that names them.
         environments: Preference distributions to train and test on.
-        objectives: Objectives to compare. text_only costs no run beside shortcut_aware: it is its proxy, which shares
-            one global-norm clip with the primary: text-only training up to clipping.
+        objectives: Objectives to compare, by their names in docs/objectives.md. text_only costs no run beside
+            shortcut_aware: it is its proxy, which shares one global-norm clip with the primary: text-only training up
+            to clipping.
         seeds: Runs per cell. More of them can be added to a finished matrix later.
         jobs: Processes that share the runs, on CPU.
         on: test uses the test sets; validation what was held out of the training sets, for making choices.
@@ -339,6 +340,48 @@ class MatrixConfig:
             raise ValueError("MatrixConfig.train.objective is not read; MatrixConfig.objectives says what is compared")
         if self.train.eval_every is not None:
             raise ValueError("MatrixConfig.train.eval_every is not read; each run is evaluated at its end")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesConfig:
+    """The shapes world that an ablation renders, where it names no environments of its own.
+
+    Attributes:
+        comparisons: Training comparisons of each environment; its test set has an eighth of them.
+        cue_agreement: How often the text cue agrees with the label.
+        label_noise: How often the label goes against the image.
+    """
+
+    comparisons: int = 8192
+    cue_agreement: float = 0.9
+    label_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self, "at least 8: a test set has an eighth of them", comparisons=self.comparisons >= 8)
+        rates = {"cue_agreement": self.cue_agreement, "label_noise": self.label_noise}
+        _check(self, "from 0 to 1", **{name: 0 <= rate <= 1 for name, rate in rates.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateConfig:
+    """A grid of settings, with a cross-distribution matrix (objective x environment x seed) at each of its points.
+
+    Attributes:
+        matrix: Objectives, environments, seeds, and the settings of every run. Each point of the grid is a folder in
+            its `out`; what is finished there is not run again.
+        shapes: The world to render where `matrix` names no environments.
+        grid: FIELD=VALUE,VALUE,... for each axis, a field of this configuration by its path: shapes.label_noise=0,0.1
+            or matrix.train.proxy_input=absent,blank. Without one there is a single point.
+        resamples: Of the bootstrap. The smallest p-value is 2 / (resamples + 1), before Holm's correction.
+    """
+
+    matrix: MatrixConfig = MatrixConfig(out=Path("runs/ablate"))
+    shapes: ShapesConfig = ShapesConfig()
+    grid: tuple[str, ...] = ()
+    resamples: int = 10000
+
+    def __post_init__(self) -> None:
+        _check(self, "at least 100", resamples=self.resamples >= 100)
 
 
 def to_json(config: Any) -> dict[str, Any]:

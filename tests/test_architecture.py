@@ -21,7 +21,7 @@ LAYERS = (
     ("train",),
     ("tiny", "plan"),
     ("eval",),
-    ("serve", "audit"),
+    ("serve", "audit", "ablate"),
     ("cli_args",),
     ("cli", "__main__"),
 )

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from mmrm_jax.config import DataConfig, Environment, MatrixConfig, OptimizerConfig, TrainConfig
+from mmrm_jax.data.shapes import DEFAULT_RATES, WorldRates
 from mmrm_jax.data.tfds import quiet_tfds
 from mmrm_jax.data.tfds.shapes_world import build_shapes_world
 from mmrm_jax.tiny import LEARNING_RATE
@@ -25,7 +26,9 @@ CONFIG = MatrixConfig(
 )
 
 
-def with_shapes_world(config: MatrixConfig, data_dir: Path, comparisons: int) -> MatrixConfig:
+def with_shapes_world(
+    config: MatrixConfig, data_dir: Path, comparisons: int, rates: WorldRates = DEFAULT_RATES
+) -> MatrixConfig:
     """Build the shapes world below `data_dir` where it is missing, and point the configuration at it.
 
     `comparisons` are those of each training set; what is tested on, `config.on`, has an eighth of them. Raises
@@ -35,7 +38,7 @@ def with_shapes_world(config: MatrixConfig, data_dir: Path, comparisons: int) ->
         raise ValueError(f"comparisons is {comparisons}; a test set has an eighth of them, so give at least 8")
     validation, test = ((comparisons // 8) * (config.on == split) for split in ("validation", "test"))
     with quiet_tfds():
-        folders = build_shapes_world(data_dir, train=comparisons, validation=validation, test=test)
+        folders = build_shapes_world(data_dir, train=comparisons, validation=validation, test=test, rates=rates)
     environments = tuple(
         Environment(
             name,

@@ -90,9 +90,10 @@ def summarise(
       resamples: number of bootstrap resamples.
 
     Returns:
-      Rows {"measure", "objective", "versus": None | "standard", "mean", "low", "high", "seeds"}; a measure no cell
-      belongs to is left out, an undefined one is None. With one seed the interval holds for that trained model;
-      two or three seeds bound the variation between runs only roughly.
+      Rows {"measure", "objective", "versus": None | "standard", "mean", "low", "high", "seeds"}, and of differences
+      "p", the two-sided bootstrap p-value; a measure no cell belongs to is left out, an undefined one is None. With
+      one seed the interval holds for that trained model; two or three seeds bound the variation between runs only
+      roughly.
 
     Raises:
       ValueError: at two cells of one name, at cells of one test and seed with different comparisons, at a training
@@ -186,7 +187,7 @@ def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B"]]) -> Flo
 
 def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean: np.ndarray) -> dict[str, Any]:
     low, high = interval(mean[1:])
-    return {
+    row = {
         "measure": measure,
         "objective": objective,
         "versus": versus,
@@ -195,6 +196,14 @@ def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean:
         "high": high,
         "seeds": len({key.seed for key in cells}),
     }
+    return row if versus is None else row | {"p": None if low is None else _p_value(mean[1:])}
+
+
+def _p_value(resampled: Float[np.ndarray, "B"]) -> float:
+    """Two-sided, of no difference: twice the smaller share of resamples on either side of 0, which counts to both."""
+    defined = resampled[~np.isnan(resampled)]
+    beyond = min(np.sum(defined <= 0), np.sum(defined >= 0))
+    return float(min(1.0, 2 * (1 + beyond) / (1 + defined.size)))
 
 
 def mean_over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,54 @@
+"""Every objective against standard training on the shapes world: three environments, three seeds.
+
+    mmrm ablate configs/ablate_objectives.py
+
+`docs/ablations.md` has what it found. `listwise` is not here: of two responses it is standard training.
+"""
+
+from pathlib import Path
+
+from mmrm_jax.config import AblateConfig, DataConfig, MatrixConfig, OptimizerConfig, ShapesConfig, TrainConfig
+from mmrm_jax.tiny import LEARNING_RATE
+
+config = AblateConfig(
+    shapes=ShapesConfig(comparisons=8192),
+    matrix=MatrixConfig(
+        title="Objectives on the shapes world",
+        out=Path("runs/ablate-objectives"),
+        objectives=(
+            "text_only",
+            "standard",
+            "shortcut_aware",
+            "lff",
+            "product_of_experts",
+            "learned_mixin",
+            "rubi",
+            "debiased_focal",
+            "focal",
+            "group_dro",
+            "jtt",
+            "text_filtered:folds=3",
+            "confidence_reg",
+            "dfr",
+            "mmlora",
+            "self_ablation",
+            "dual_sfc",
+            "modality_dropout",
+            "image_contrast",
+            "mcr",
+            "odin",
+            "inform",
+            "standard+margin:m=0.5",
+            "standard+centring",
+            "standard+length_residual",
+        ),
+        seeds=3,
+        jobs=2,
+        train=TrainConfig(
+            batch_size=64,
+            steps=500,
+            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
+            data=DataConfig(holdout=0.0),
+        ),
+    ),
+)

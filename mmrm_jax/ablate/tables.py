@@ -1,0 +1,123 @@
+"""The table of an ablation: a row an objective and point, in a terminal, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from mmrm_jax.eval.summary import BASELINE, between, percent, points
+
+LEVELS = ("iid", "ood", "other", "sfd")
+CHANGES = ("iid", "ood", "sfd")
+HEADINGS = {"iid": "i.i.d.", "ood": "o.o.d.", "other": "other", "sfd": "SFD"}
+Row = dict[str, Any]
+
+
+def table_rows(summary: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One flat row for each point and objective.
+
+    Levels "iid", "ood", "other", "sfd" and differences from standard "iid_change", ... are fractions, each with "_low"
+    and "_high"; "_p" of a difference is Holm's. Then "forwards", "seconds" and "cost", seconds over those of standard.
+    None is what is undefined, or not compared.
+    """
+    levels = {(r["setting"], r["objective"], r["measure"]): r for r in summary if r["versus"] is None}
+    changes = {(r["setting"], r["objective"], r["measure"]): r for r in summary if r["versus"] is not None}
+    spent = {(c["setting"], c["objective"]): c for c in costs}
+    rows = []
+    for setting, objective in dict.fromkeys((key[0], key[1]) for key in levels):
+        row: Row = {"setting": setting, "objective": objective}
+        for measure in LEVELS:
+            row |= _columns(measure, levels.get((setting, objective, measure)))
+        for measure in CHANGES:
+            change = changes.get((setting, objective, measure))
+            row |= _columns(f"{measure}_change", change)
+            row[f"{measure}_p"] = None if change is None else change["p_holm"]
+        cost = spent.get((setting, objective), {})
+        row |= {"forwards": cost.get("forwards"), "seconds": cost.get("seconds"), "cost": cost.get("versus")}
+        row["seeds"] = max(r["seeds"] for key, r in levels.items() if key[:2] == (setting, objective))
+        rows.append(row)
+    return rows
+
+
+def _columns(name: str, row: Mapping[str, Any] | None) -> Row:
+    found = {"mean": None, "low": None, "high": None} if row is None else row
+    return {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """Of the columns that `cells` gives."""
+    first = ["setting"] if any(row["setting"] for row in rows) else []
+    levels = [HEADINGS[m] for m in LEVELS if any(row[m] is not None for row in rows)]
+    return [*first, "objective", *levels, *(f"{HEADINGS[m]} − {BASELINE}" for m in CHANGES), "forwards", "time"]
+
+
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """A row as text: levels in %, differences in points with 95 % intervals, and * where Holm's p is below .05."""
+    found = [row["setting"]] if any(r["setting"] for r in rows) else []
+    found.append(row["objective"])
+    found += [percent(row[m]) for m in LEVELS if any(r[m] is not None for r in rows)]
+    for measure in CHANGES:
+        name, p = f"{measure}_change", row[f"{measure}_p"]
+        star = "*" if p is not None and p < 0.05 else ""
+        bounds = between(row[f"{name}_low"], row[f"{name}_high"], points)
+        found.append(f"{points(row[name])}{star}" + (f" ({bounds})" if bounds else ""))
+    forwards, cost = row["forwards"], row["cost"]
+    found += ["–" if forwards is None else f"{forwards:g}", "–" if cost is None else f"{cost:.2f}×"]
+    return found
+
+
+def terminal_table(rows: Sequence[Row], setting: str) -> Table:
+    """The rows of one setting for a terminal, without the intervals of what is not out of distribution."""
+    note = "In %; differences from standard training in points, * where Holm's p < .05"
+    table = Table(
+        title=Text(f"{setting}: {note}" if setting else note), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    table.add_column("objective", overflow="fold", min_width=22)
+    for heading in ("i.i.d.", "o.o.d.", "SFD", "o.o.d. change", "i.i.d.", "SFD", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in (row for row in rows if row["setting"] == setting):
+        changes = dict(zip(CHANGES, (cell.partition(" (") for cell in cells(row, [row])[-5:-2]), strict=True))
+        ood = "".join(changes["ood"])
+        levels = (percent(row[m]) for m in ("iid", "ood", "sfd"))
+        table.add_row(Text(row["objective"]), *levels, ood, changes["iid"][0], changes["sfd"][0], cells(row, [row])[-1])
+    return table
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [headings(rows), ["---", *["---:"] * (len(headings(rows)) - 1)], *(cells(row, rows) for row in rows)]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+_LATEX = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "−": "$-$", "×": r"$\times$", "–": "--"}
+
+
+def as_latex(rows: Sequence[Row], caption: str) -> str:
+    """A table environment with the booktabs package's rules."""
+
+    def line(texts: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(c, c) for c in text) for text in texts) + r" \\" + "\n"
+
+    columns = "l" + "r" * (len(headings(rows)) - 1)
+    body = line(headings(rows)) + "\\midrule\n" + "".join(line(cells(row, rows)) for row in rows)
+    note = "In \\%; differences in points with 95\\,\\% intervals, * where Holm's $p < .05$."
+    return (
+        "\\begin{table}\n\\centering\n"
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+        f"\\caption{{{''.join(_LATEX.get(c, c) for c in caption)}. {note}}}\n\\end{{table}}\n"
+    )
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Every number of every row; empty where undefined."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["setting", "objective"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -63,9 +63,7 @@ def matrix(argv: Sequence[str], console: Console) -> dict[str, Any]:
 
     default, rest = _config_file(argv, MatrixConfig)
     args = _parse("matrix", MatrixArgs, rest, MatrixArgs(_with_runs(default or MatrixConfig(), MatrixRun)))
-    config = _with_runs(args.config, TrainConfig)
-    if args.env:
-        config = dataclasses.replace(config, environments=tuple(map(_environment, args.env)))
+    config = _with_environments(_with_runs(args.config, TrainConfig), args.env)
     if not config.environments:
         raise ValueError("no environments: begin with a configuration file (configs/grocery.py) or give --env")
     return _written(args.json, publish(run_matrix(config, console), console, _command("matrix", argv)))
@@ -79,7 +77,8 @@ def ablate(argv: Sequence[str], console: Console) -> dict[str, Any]:
     config = default or AblateConfig()
     config = dataclasses.replace(config, matrix=_with_runs(config.matrix, MatrixRun))
     args = _parse("ablate", AblateArgs, rest, AblateArgs(config))
-    config = dataclasses.replace(args.config, matrix=_with_runs(args.config.matrix, TrainConfig))
+    matrix = _with_environments(_with_runs(args.config.matrix, TrainConfig), args.env)
+    config = dataclasses.replace(args.config, matrix=matrix)
     return _written(args.json, run_ablation(config, console, _command("ablate", argv)))
 
 
@@ -319,6 +318,10 @@ def _parse(
 def _with_runs(config: MatrixConfig, cls: type[TrainConfig], **changes: Any) -> MatrixConfig:
     """With the settings of its runs in a class that has the same fields, and hides some of them or none."""
     return dataclasses.replace(config, train=cls(**vars(config.train) | changes))
+
+
+def _with_environments(config: MatrixConfig, env: Sequence[str]) -> MatrixConfig:
+    return dataclasses.replace(config, environments=tuple(map(_environment, env))) if env else config
 
 
 def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[str]]:

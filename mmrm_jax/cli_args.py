@@ -83,10 +83,12 @@ class AblateArgs:
 
     Attributes:
         config: Settings.
+        env: Environments as NAME=TRAIN,TEST (or NAME=,TEST for a test set alone), in place of the configuration's.
         json: Also write the results to this file.
     """
 
     config: Annotated[AblateConfig, tyro.conf.arg(name="")]
+    env: tuple[str, ...] = ()
     json: Path | None = None
 
 

@@ -228,7 +228,8 @@ def test_summary_means_by_hand():
     assert pick(rows, "ood", "shortcut_aware", "standard")["mean"] == pytest.approx(0.2)
     assert pick(rows, "iid", "shortcut_aware", "standard")["mean"] == pytest.approx(0.1)
     assert pick(rows, "sfd_reduction", "shortcut_aware", "standard")["mean"] == pytest.approx(1 - aware / (3.2 / 6))
-    assert all(set(r) == {"measure", "objective", "versus", "mean", "low", "high", "seeds"} for r in rows)
+    fields = {"measure", "objective", "versus", "mean", "low", "high", "seeds"}
+    assert all(set(r) == (fields if r["versus"] is None else fields | {"p"}) for r in rows)
     assert all(r["seeds"] == 1 for r in rows)
 
 
@@ -238,7 +239,7 @@ def test_identical_objectives_differ_by_exactly_zero():
     rows = summarise(cells + copies, IID, seed=0, resamples=200)
     differences = [r for r in rows if r["versus"] == "standard"]
     assert len(differences) == 7
-    assert all((r["mean"], r["low"], r["high"]) == (0.0, 0.0, 0.0) for r in differences)
+    assert all((r["mean"], r["low"], r["high"], r["p"]) == (0.0, 0.0, 0.0, 1.0) for r in differences)
     # and their levels have an interval of some width
     assert pick(rows, "ood", "copy")["low"] < pick(rows, "ood", "copy")["high"]
 

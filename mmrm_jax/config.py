@@ -49,6 +49,8 @@ class OptimizerConfig:
         decay_groups: What weight decay spares: "uniform" biases and the scales of norms and layers, in both branches
             alike; "reference" what the paper's code does, where a proxy beside a primary is not decayed at all, and
             scales are decayed but for those of layer norms and of the RMS norms of Qwen and Llama decoders.
+        proxy_rate: Learning rate of the proxy over that of the other branches.
+        head_start: Steps in which the proxy alone is updated.
     """
 
     learning_rate: float = 1e-5
@@ -59,6 +61,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     warmup_fraction: float = 0.1
     decay_groups: Literal["uniform", "reference"] = "uniform"
+    proxy_rate: float = 1.0
+    head_start: int = 0
 
     def __post_init__(self) -> None:
         _check(self, "above 0 and finite", learning_rate=0 < self.learning_rate < math.inf)
@@ -67,6 +71,8 @@ class OptimizerConfig:
         _check(self, "at least 0 and finite", weight_decay=0 <= self.weight_decay < math.inf)
         _check(self, "at least 0 and below 1", b1=0 <= self.b1 < 1, b2=0 <= self.b2 < 1)
         _check(self, "from 0 to 1", warmup_fraction=0 <= self.warmup_fraction <= 1)
+        _check(self, "above 0 and finite", proxy_rate=0 < self.proxy_rate < math.inf)
+        _check(self, "at least 0", head_start=self.head_start >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,13 +356,16 @@ class ShapesConfig:
         comparisons: Training comparisons of each environment; its test set has an eighth of them.
         cue_agreement: How often the text cue agrees with the label.
         label_noise: How often the label goes against the image.
+        image_noise: Standard deviation of the pictures' noise, of 255.
     """
 
     comparisons: int = 8192
     cue_agreement: float = 0.9
     label_noise: float = 0.1
+    image_noise: float = 4.0
 
     def __post_init__(self) -> None:
+        _check(self, "at least 0", image_noise=self.image_noise >= 0)
         _check(self, "at least 8: a test set has an eighth of them", comparisons=self.comparisons >= 8)
         rates = {"cue_agreement": self.cue_agreement, "label_noise": self.label_noise}
         _check(self, "from 0 to 1", **{name: 0 <= rate <= 1 for name, rate in rates.items()})

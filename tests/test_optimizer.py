@@ -48,6 +48,33 @@ def test_schedule_of_short_runs(steps: int) -> None:
     assert all(0 <= r <= OptimizerConfig().learning_rate for r in rates)
 
 
+def test_the_proxy_has_a_rate_and_a_start_of_its_own() -> None:
+    """What a step moves, against the same gradients in the plain optimiser."""
+
+    def path(**fields) -> list[dict[str, float]]:
+        config = OptimizerConfig(learning_rate=0.1, warmup_fraction=0.0, **fields)
+        optimizer = make_optimizer(config, 10)
+        params = {b: nnx.State({"kernel": param([1.0])}) for b in (*BRANCHES, "heads")}
+        state, found = optimizer.init(params), []
+        for _ in range(4):
+            grads = jax.tree.map(jnp.ones_like, params)
+            updates, state = optimizer.update(grads, state, params)
+            found.append({b: float(flat(u)["kernel"][0]) for b, u in updates.items()})
+        return found
+
+    plain, quick, first = path(), path(proxy_rate=3.0), path(head_start=2)
+    for step in range(4):
+        assert quick[step]["proxy"] == pytest.approx(3 * plain[step]["proxy"], rel=1e-6)
+        assert first[step]["proxy"] == plain[step]["proxy"]
+        for branch in ("primary", "heads"):
+            assert quick[step][branch] == plain[step][branch]
+            assert first[step][branch] == (0.0 if step < 2 else plain[step][branch])
+    with pytest.raises(ValueError, match="proxy_rate is 0; it must be above 0"):
+        OptimizerConfig(proxy_rate=0)
+    with pytest.raises(ValueError, match="head_start is -1; it must be at least 0"):
+        OptimizerConfig(head_start=-1)
+
+
 def test_both_branches_are_clipped_together() -> None:
     params = {b: nnx.State({"kernel": param([1.0, 1.0])}) for b in BRANCHES}
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, b1=0.9), 10)

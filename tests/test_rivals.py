@@ -206,6 +206,8 @@ def test_losses_stay_finite_where_margins_do_not_fit_any_probability() -> None:
             continue
         ends = jnp.array([[1e4, 0.0], [0.0, 1e4], [0.0, 0.0]])
         c = comparisons(3, tie=[False, False, True])
+        if objective.before is not None:
+            c = dataclasses.replace(c, given={b: jnp.array([1e4, -1e4, 1e4]) for b in objective.before.given})
         state = jnp.asarray(objective.state) if objective.state else None
 
         def total(rewards, objective=objective, c=c, state=state):
@@ -264,6 +266,11 @@ def a_batch(objective: Objective, micro_batches: int = 1):
         )
         for g in groups
     ]
+    if objective.before is not None:
+        margins = {b: rng.normal(size=2).astype(np.float32) for b in objective.before.given}
+        groups = [
+            dataclasses.replace(g, given={b: m[: len(g.comparisons)] for b, m in margins.items()}) for g in groups
+        ]
     if "ablated" in inputs:  # one blank tile, with fewer visual tokens
         blank = random_group(MODEL, rng, 0, tiles=1, responses=1).prefixes["primary"]
         groups = [dataclasses.replace(g, prefixes=g.prefixes | {"ablated": blank}) for g in groups]

@@ -107,8 +107,22 @@ def test_unknown_values_are_named():
         shapes.make_group(0, "long", "dev", 0)
     with pytest.raises(ValueError, match=r"label_noise is 1\.5"):
         WorldRates(label_noise=1.5)
+    with pytest.raises(ValueError, match=r"image_noise is -1"):
+        WorldRates(image_noise=-1)
     with pytest.raises(ValueError, match="plain, long or hedged"):
         shapes.style_answer("It is| red.", "rude", np.random.default_rng(0))
+
+
+def test_the_noise_of_pictures_has_the_deviation_that_it_says():
+    scene = Scene("circle", "red", "small", "top")
+    plain = shapes.render(scene, np.random.default_rng(0), 0.0).astype(float)
+    for noise in (4.0, 20.0):
+        found = shapes.render(scene, np.random.default_rng(0), noise).astype(float) - plain
+        inside = (plain > 80) & (plain < 175)  # where nothing is clipped
+        assert found[inside].std() == pytest.approx(noise, rel=0.08)
+    assert np.array_equal(
+        shapes.render(scene, np.random.default_rng(0)), shapes.render(scene, np.random.default_rng(0), 4.0)
+    )
 
 
 # --- sentences
@@ -246,6 +260,7 @@ def test_builder_round_trip(tmp_path: Path):
             "seed": 3,
             "cue_agreement": 0.8,
             "label_noise": 0.1,
+            "image_noise": 4.0,
         }
         for split, size in sizes.items():
             groups = [decode_group(example) for example in builder.as_data_source(split)]
@@ -256,6 +271,11 @@ def test_builder_round_trip(tmp_path: Path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == stamps
     other = build_shapes_world(tmp_path, environments=("long",), train=12, validation=5, test=4, seed=4, rates=rates)
     assert other["long"] != paths["long"]
+    noisy = dataclasses.replace(rates, image_noise=30.0)
+    other = build_shapes_world(tmp_path, environments=("long",), train=2, validation=1, test=1, seed=3, rates=noisy)
+    example = next(iter(tfds.builder_from_directory(other["long"]).as_data_source("train")))
+    assert decode_group(example) == shapes.make_group(3, "long", "train", 0, noisy)
+    assert decode_group(example) != shapes.make_group(3, "long", "train", 0, rates)
 
 
 @pytest.mark.parametrize(("on", "other"), [("test", "validation"), ("validation", "test")])

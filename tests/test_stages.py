@@ -57,6 +57,15 @@ def test_targets_of_the_teacher_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("strict_numerics")
+def test_coefficients_of_a_text_only_model_of_before_by_hand() -> None:
+    # Lt = softplus(1), softplus(-1), ln 2, ln 4/3; SFC = Lt / (Lt + L), and the last primary loss is ln 2.
+    text = [math.log1p(math.e), math.log1p(math.exp(-1)), LN2, LOW]
+    expected = [t / (t + own) * own for t, own in zip(text, (LOW, HIGH, LN2, LN2))]
+    np.testing.assert_allclose(losses("frozen_proxy"), expected, rtol=1e-5)
+    assert find_objective("frozen_proxy").branches == {"primary": "multimodal"}
+
+
+@pytest.mark.usefixtures("strict_numerics")
 def test_the_last_layer_sees_a_balance_by_hand() -> None:
     # Text is wrong on the first alone: half of the weight is its; the mean over the batch is that of both halves.
     found = losses("dfr")

@@ -121,7 +121,15 @@ def make_batch(
         image_size=config.vision.image_size,
     )
     num_groups = len(groups) if num_groups is None else num_groups
-    return collate(groups, buckets, num_groups=num_groups, micro_batches=micro_batches, views=views, blank=blank)
+    return collate(
+        groups,
+        buckets,
+        num_groups=num_groups,
+        micro_batches=micro_batches,
+        views=views,
+        blank=blank,
+        given=sorted(groups[0].given),
+    )
 
 
 def compile_train_step(model: ModelConfig, config: TrainConfig, batch: Batch) -> jax.stages.Compiled:

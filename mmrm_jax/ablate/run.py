@@ -71,7 +71,7 @@ def matrix_config(point: Point, data: Path) -> MatrixConfig:
     config = dataclasses.replace(config, out=config.out / point.folder)
     if config.environments:
         return config
-    rates = WorldRates(shapes.cue_agreement, shapes.label_noise)
+    rates = WorldRates(shapes.cue_agreement, shapes.label_noise, shapes.image_noise)
     return with_shapes_world(config, data, shapes.comparisons, rates)
 
 

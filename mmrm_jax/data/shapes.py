@@ -60,17 +60,22 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class WorldRates:
-    """How strong the cue and how noisy the labels are.
+    """How strong the cue is, and how noisy labels and pictures are.
 
     The winner is the right answer with probability `1 - label_noise`. Independently of that, the cue agrees with the
     winner with probability `cue_agreement` (in "neutral", where the cue says nothing, with probability 1/2).
+    `image_noise` is the standard deviation of the pixels' noise, of 255: the more, the less the image says.
     """
 
     cue_agreement: float = 0.9
     label_noise: float = 0.1
+    image_noise: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        if self.image_noise < 0:
+            raise ValueError(f"WorldRates.image_noise is {self.image_noise}; give 0 or more")
+        for name in ("cue_agreement", "label_noise"):
+            value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"WorldRates.{name} is {value}; it is a probability, give a value from 0 to 1")
 
@@ -154,8 +159,13 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(**{name: _pick(rng, values) for name, values in VALUES.items()})
 
 
-def render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "32 32 3"]:
-    """Draw a scene: RGB, with a random grey background, pixel noise, and jitter of place, size and colour."""
+def render(
+    scene: Scene, rng: np.random.Generator, noise: float = DEFAULT_RATES.image_noise
+) -> UInt8[np.ndarray, "32 32 3"]:
+    """Draw a scene: RGB, with a random grey background, jitter of place, size and colour, and pixel noise.
+
+    `noise` is its standard deviation, of 255.
+    """
     scale = SUPERSAMPLING
     grey = rng.uniform(70.0, 200.0) + rng.uniform(-6.0, 6.0, size=3)
     colour = np.asarray(COLOURS[scene.colour]) + rng.uniform(-14.0, 14.0, size=3)
@@ -165,7 +175,7 @@ def render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "32 32 3
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), _rgb(grey))
     _draw_shape(ImageDraw.Draw(image), scene.shape, centre * scale, radius * scale, _rgb(colour))
     pixels = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)
-    noisy = pixels + rng.normal(0.0, 4.0, size=pixels.shape)
+    noisy = pixels + rng.normal(0.0, noise, size=pixels.shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
@@ -264,7 +274,7 @@ def sample_comparison(
     """
     _code(ENVIRONMENTS, environment, "environment")
     scene = sample_scene(rng)
-    pixels = render(scene, rng)
+    pixels = render(scene, rng, rates.image_noise)
     question = QUESTIONS[int(rng.integers(len(QUESTIONS)))]
     prompt, template = _pick(rng, question.prompts), _pick(rng, question.answers)
     changed = _pick(rng, question.asks)

@@ -20,7 +20,7 @@ from mmrm_jax.objectives.modifiers import centring, length_residual, margin
 from mmrm_jax.objectives.shortcut import dual_sfc, shortcut_aware, shortcut_failure_coefficient
 from mmrm_jax.objectives.single import image_only, standard, text_only
 from mmrm_jax.objectives.spec import parse_objective
-from mmrm_jax.objectives.stages import confidence_reg, dfr, jtt, mmlora, text_filtered
+from mmrm_jax.objectives.stages import confidence_reg, dfr, frozen_proxy, jtt, mmlora, text_filtered
 
 # The line that an objective or a modifier adds itself to.
 OBJECTIVES = {
@@ -30,7 +30,7 @@ OBJECTIVES = {
         *(focal, debiased_focal, product_of_experts, learned_mixin, rubi, lff),
         *(listwise, self_ablation, modality_dropout, image_contrast, mcr),
         *(odin, inform, group_dro),
-        *(jtt, text_filtered, confidence_reg, dfr, mmlora),
+        *(jtt, text_filtered, confidence_reg, frozen_proxy, dfr, mmlora),
     )
 }
 MODIFIERS = {make.__name__: make for make in (margin, centring, length_residual)}

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmrm_jax.config import LoraConfig, TrainConfig
-from mmrm_jax.objectives.base import Before, Objective, Seen, Terms, label_probability
+from mmrm_jax.objectives.base import Before, Objective, Seen, Terms, bradley_terry, label_probability
+from mmrm_jax.objectives.shortcut import EPSILON, shortcut_failure_coefficient
 
 PRIMARY = {"primary": "multimodal"}
 # Standard training with a text-only proxy beside it that changes nothing: both margins of one run.
@@ -75,6 +76,24 @@ def confidence_reg() -> Objective:
         return Terms(loss, {"primary": seen.loss("primary")})
 
     return Objective("confidence_reg", PRIMARY, "primary", terms, before=Before(BESIDE, ("primary", "proxy")))
+
+
+def frozen_proxy(*, epsilon: float = EPSILON) -> Objective:
+    """SFC_i * L_i as in shortcut-aware training, with the losses of a text-only model that was trained before.
+
+    Its coefficients do not wait for a proxy to learn, and do not follow it: an ablation of training both together.
+
+    Args:
+      epsilon: As in `shortcut_failure_coefficient`.
+    """
+
+    def terms(seen: Seen) -> Terms:
+        loss = seen.loss("primary")
+        text = bradley_terry(seen.comparisons.given["proxy"], seen.comparisons)
+        sfc = shortcut_failure_coefficient(loss, text, epsilon)
+        return Terms(sfc * loss, {"primary": loss}, sfc)
+
+    return Objective("frozen_proxy", PRIMARY, "primary", terms, before=Before("text_only", ("proxy",)))
 
 
 def dfr() -> Objective:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mmrm_jax.config import DecoderFamily, OptimizerConfig
@@ -48,11 +49,25 @@ def _names(path: tuple) -> list[str]:
     return [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
 
 
+def of_branch(params: PyTree, *, proxy: bool) -> PyTree:
+    """True for the parameters of the proxy, or for all others."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: (_names(path)[0] == "proxy") == proxy, params)
+
+
 def make_optimizer(
     config: OptimizerConfig, steps: int, family: DecoderFamily = "qwen2"
 ) -> optax.GradientTransformation:
-    """Clip by the global norm over all branches together, then AdamW. `family` matters to "reference" decay alone."""
+    """Clip by the global norm over all branches together, then AdamW. `family` matters to "reference" decay alone.
+
+    Where the configuration says so, the proxy has a learning rate of its own, and the others wait while it learns.
+    """
     reference = functools.partial(reference_decay_mask, family=family)
+    later = []
+    if config.proxy_rate != 1.0:
+        later.append(optax.masked(optax.scale(config.proxy_rate), functools.partial(of_branch, proxy=True)))
+    if config.head_start:
+        waits = optax.scale_by_schedule(lambda step: jnp.where(jnp.asarray(step) < config.head_start, 0.0, 1.0))
+        later.append(optax.masked(waits, functools.partial(of_branch, proxy=False)))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -63,4 +78,5 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=decay_mask if config.decay_groups == "uniform" else reference,
         ),
+        *later,
     )

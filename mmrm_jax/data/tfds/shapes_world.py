@@ -75,6 +75,8 @@ def shapes_world_config(
         raise ValueError(f"all splits of the shapes world {environment!r} are empty; give validation or test a size")
     sizes = f"{settings['train']}-{validation}-{test}"
     suffix = f"-{sizes}-seed{seed}-agree{rates.cue_agreement}-noise{rates.label_noise}"
+    if rates.image_noise != DEFAULT_RATES.image_noise:
+        suffix += f"-pixels{rates.image_noise}"
     return ShapesWorldConfig(
         name=environment if default else environment + suffix, environment=environment, rates=rates, **settings
     )

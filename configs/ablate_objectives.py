@@ -4,7 +4,8 @@
 
 Each run sees 6,400 comparisons, 1.6 times each: enough to tell the objectives apart, and the whole table takes an hour
 and a half on two cores. Options are the objectives' defaults, none was tuned. `docs/ablations.md` has what it found.
-`listwise` is not here: of two responses it is standard training.
+`listwise` is not here: of two responses it is standard training. `v_rex` wants several training environments:
+configs/ablate_environments.py.
 """
 
 from pathlib import Path
@@ -38,8 +39,10 @@ config = AblateConfig(
             "modality_dropout",
             "image_contrast",
             "mcr",
+            "arm",
             "odin",
             "inform",
+            "caption_only",
         ),
         seeds=3,
         train=TrainConfig(

@@ -24,7 +24,8 @@ from mmrm_jax.model_config import (  # noqa: F401 - what describes a model is im
     VisionConfig,
 )
 
-BranchInput = Literal["multimodal", "blank", "absent", "image_only"]
+BranchInput = Literal["multimodal", "blank", "absent", "image_only", "caption"]
+TEXT_VIEWS = ("absent", "caption")  # inputs without an image
 
 
 def _check(config: Any, rule: str, **fits: bool) -> None:
@@ -280,7 +281,8 @@ RESUMABLE = (
 class Environment:
     """One preference distribution: a training set and the test set drawn like it.
 
-    Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`.
+    Paths are preference files or `DIRECTORY:SPLIT` of a prepared data set, relative to the configuration's `root`;
+    several are joined by "+".
 
     Attributes:
         name: What its sets are called in tables, and no other environment. A set that several environments share goes
@@ -357,12 +359,15 @@ class ShapesConfig:
         cue_agreement: How often the text cue agrees with the label.
         label_noise: How often the label goes against the image.
         image_noise: Standard deviation of the pictures' noise, of 255.
+        left_out: "long", "hedged" or "short": train on the two others together, and test on this one too. None trains
+            on each of the three.
     """
 
     comparisons: int = 8192
     cue_agreement: float = 0.9
     label_noise: float = 0.1
     image_noise: float = 4.0
+    left_out: Literal["long", "hedged", "short"] | None = None
 
     def __post_init__(self) -> None:
         _check(self, "at least 0", image_noise=self.image_noise >= 0)

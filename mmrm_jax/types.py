@@ -35,7 +35,7 @@ class Group:
     `image` is a file path, the encoded bytes themselves, or None for a text-only record; `more_images` are those that
     a prompt has beside it, in order. `file` and `row` (1-based) say where the record came from, for error messages;
     `image_name` is the path as the record gives it, `joined` has (file, row, id) of each record where several were made
-    one group.
+    one group; `caption` says in words what the images show.
     """
 
     id: str
@@ -49,6 +49,7 @@ class Group:
     image_name: str | None = dataclasses.field(default=None, compare=False)
     joined: tuple[tuple[str, int, str], ...] = ()
     more_images: tuple[Path | bytes, ...] = ()
+    caption: str | None = None
 
     @property
     def images(self) -> tuple[Path | bytes, ...]:
@@ -103,11 +104,15 @@ class Responses:
     last: Int[Array, "*M G N"]
 
 
+ENVIRONMENT = "environment"  # the name that a comparison's environment has in `Comparisons.given`
+
+
 @_pytree
 class Comparisons:
     """Preferences of a batch: `index[c]` = (winner, loser) into the flattened G*N responses.
 
-    Padding rows have `mask` False and point at response 0. `given` are numbers that a run before has found for each.
+    Padding rows have `mask` False and point at response 0. `given` has numbers for each that an objective asks for:
+    what a run before has found, by its branch, or its environment.
     """
 
     index: Int[Array, "*M C 2"]

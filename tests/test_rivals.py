@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +15,17 @@ import pytest
 from test_objectives import comparisons, seen
 from tiny_models import MODEL, make_batch, one_micro, random_group, random_params
 
-from mmrm_jax.config import OptimizerConfig, TrainConfig
-from mmrm_jax.objectives import OBJECTIVES, Forward, Objective, Seen, Terms, find_objective
+from mmrm_jax.config import TEXT_VIEWS, OptimizerConfig, TrainConfig
+from mmrm_jax.eval.matrix import forward_passes
+from mmrm_jax.objectives import MODIFIERS, OBJECTIVES, Forward, Objective, Seen, find_objective
 from mmrm_jax.objectives.images import _of_another
+from mmrm_jax.objectives.spec import parse_objective
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import HEADS
 from mmrm_jax.train.step import response_lengths
 from mmrm_jax.types import Comparison
 
+DOCS = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
 LN2, LN3 = math.log(2), math.log(3)
 SURE = LN3  # a margin with p = 3/4: L = ln 4/3, and ln 4 the other way round
 LOW, HIGH = math.log(4 / 3), math.log(4)
@@ -123,6 +129,53 @@ def test_contrast_of_images_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("strict_numerics")
+def test_the_weaker_modality_is_learnt_again_by_hand() -> None:
+    # Blank image ln 4/3, no prompt ln 4: the image is weaker, by ln 3, which counts as 1; then the other way round, and
+    # with losses ln 2 and ln 4/3 text is weaker by ln 3/2.
+    margins = {"primary": [SURE, SURE, 0], "ablated": [SURE, -SURE, 0], "unprompted": [-SURE, SURE, SURE]}
+    expected = [LOW + HIGH, LOW + HIGH, LN2 + math.log(3 / 2) * LN2]
+    np.testing.assert_allclose(loss("arm", margins), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss("arm:weight=0", margins), [LOW, LOW, LN2], rtol=1e-6)
+
+    # Neither the gap nor the stronger modality has a gradient.
+    given = {name: jnp.asarray([d[0]], jnp.float32) for name, d in margins.items()}
+    total = lambda given: jnp.sum(find_objective("arm").terms(seen(given, comparisons(1))).loss)  # noqa: E731
+    grads = jax.grad(total)(given)
+    assert float(grads["ablated"][0]) == 0 and float(grads["unprompted"][0]) == pytest.approx(-0.75)
+
+
+@pytest.mark.usefixtures("strict_numerics")
+def test_environments_by_hand() -> None:
+    # Risks ln 2 (twice), (ln 4 + ln 4/3) / 2 = ln 4 / sqrt 3, and one that padding alone is of.
+    c = comparisons(5, mask=[True, True, True, True, False])
+    c = dataclasses.replace(c, given={"environment": jnp.array([0.0, 0, 2, 2, 1])})
+    given = seen({"primary": jnp.asarray([0, 0, SURE, -SURE, 9.0])}, c)
+    other = math.log(4 / math.sqrt(3))
+    expected = (LN2 + other) / 2 + 3 * ((LN2 - other) / 2) ** 2
+    assert float(given.mean(find_objective("v_rex:beta=3").terms(given).loss)) == pytest.approx(expected, rel=1e-6)
+    # With uneven environments they still count alike; of a single one it is standard training.
+    uneven = dataclasses.replace(c, given={"environment": jnp.array([0.0, 0, 0, 2, 1])})
+    given = dataclasses.replace(given, comparisons=uneven)
+    first = (2 * LN2 + LOW) / 3
+    assert float(given.mean(find_objective("v_rex:beta=0").terms(given).loss)) == pytest.approx((first + HIGH) / 2)
+    alone = dataclasses.replace(given, comparisons=dataclasses.replace(c, given={"environment": jnp.ones(5)}))
+    np.testing.assert_allclose(find_objective("v_rex").terms(alone).loss[:4], [LN2, LN2, LOW, HIGH], rtol=1e-6)
+
+    # Group DRO over text right and wrong in each of two environments: means ln 2, none, ln 4/3, ln 4.
+    two = dataclasses.replace(c, given={"environment": jnp.array([0.0, 0, 1, 1, 1])})
+    given = seen({"primary": given.margin("primary"), "proxy": jnp.array([1.0, 1, 1, -1, 1])}, two)
+    objective = find_objective("group_dro:step=1,environments=2")
+    terms = objective.terms(dataclasses.replace(given, state=jnp.asarray(objective.state)))
+    q = np.array([2, 1, 4 / 3, 4])
+    np.testing.assert_allclose(terms.state, q / q.sum(), rtol=1e-6)
+    proxy = float(given.mean(given.loss("proxy")))
+    expected = (2 * LN2 + 4 / 3 * LOW + 4 * HIGH) / q.sum() + proxy
+    assert float(given.mean(terms.loss)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="environments is 0; it must be at least 1"):
+        find_objective("group_dro:environments=0")
+
+
+@pytest.mark.usefixtures("strict_numerics")
 def test_group_dro_by_hand() -> None:
     # Text right: losses ln 2 (twice, mean ln 2); text wrong: ln 4. q = (1/2 e^ln2, 1/2 e^ln4) = (1/3, 2/3) at step 1.
     given = seen(
@@ -206,6 +259,8 @@ def test_losses_stay_finite_where_margins_do_not_fit_any_probability() -> None:
             continue
         ends = jnp.array([[1e4, 0.0], [0.0, 1e4], [0.0, 0.0]])
         c = comparisons(3, tie=[False, False, True])
+        if objective.environments:
+            c = dataclasses.replace(c, given={"environment": jnp.array([0.0, 1.0, 1.0])})
         if objective.before is not None:
             c = dataclasses.replace(c, given={b: jnp.array([1e4, -1e4, 1e4]) for b in objective.before.given})
         state = jnp.asarray(objective.state) if objective.state else None
@@ -262,7 +317,7 @@ def a_batch(objective: Objective, micro_batches: int = 1):
     inputs = objective.inputs("absent")
     groups = [
         dataclasses.replace(
-            g, prefixes={n: g.prefixes["proxy" if v == "absent" else "primary"] for n, v in inputs.items()}
+            g, prefixes={n: g.prefixes["proxy" if v in TEXT_VIEWS else "primary"] for n, v in inputs.items()}
         )
         for g in groups
     ]
@@ -270,6 +325,11 @@ def a_batch(objective: Objective, micro_batches: int = 1):
         margins = {b: rng.normal(size=2).astype(np.float32) for b in objective.before.given}
         groups = [
             dataclasses.replace(g, given={b: m[: len(g.comparisons)] for b, m in margins.items()}) for g in groups
+        ]
+    if objective.environments:
+        groups = [
+            dataclasses.replace(g, given={"environment": np.full(len(g.comparisons), i % 2)})
+            for i, g in enumerate(groups)
         ]
     if "ablated" in inputs:  # one blank tile, with fewer visual tokens
         blank = random_group(MODEL, rng, 0, tiles=1, responses=1).prefixes["primary"]
@@ -287,7 +347,9 @@ def a_step(spec: str, steps: int = 2):
     return program, before, state, metrics
 
 
-@pytest.mark.parametrize("spec", ["odin", "inform", "group_dro", "self_ablation", "modality_dropout:p=1", "mcr"])
+@pytest.mark.parametrize(
+    "spec", ["odin", "inform", "group_dro", "self_ablation", "modality_dropout:p=1", "mcr", "v_rex"]
+)
 def test_a_step_trains_what_it_should(spec: str) -> None:
     program, before, state, metrics = a_step(spec)
     assert np.isfinite(metrics["loss"]) and float(metrics["comparisons"]) == 4
@@ -308,7 +370,13 @@ def test_a_step_trains_what_it_should(spec: str) -> None:
 
 def test_every_objective_traces() -> None:
     """Shapes alone: nothing is compiled."""
-    for spec in (*OBJECTIVES, "standard+length_residual", "lff:proxy=multimodal", "image_contrast:negatives=2"):
+    for spec in (
+        *OBJECTIVES,
+        "group_dro:environments=2",
+        "standard+length_residual",
+        "lff:proxy=multimodal",
+        "image_contrast:negatives=2",
+    ):
         program = build_program(MODEL, TrainConfig(objective=spec), 10)
         with jax.set_mesh(program.mesh):
             step = program.train_step.__wrapped__
@@ -346,15 +414,29 @@ def test_lengths_are_tokens() -> None:
     np.testing.assert_array_equal(lengths[0, :3], [len(r) for r in group.responses])
 
 
-def test_an_objective_of_ones_own_is_a_function_and_a_name() -> None:
-    """What docs/objectives.md shows."""
-
-    def hinge(*, m: float = 1.0) -> Objective:
-        def terms(seen: Seen) -> Terms:
-            return Terms(jax.nn.relu(m - seen.margin("primary")), {"primary": seen.loss("primary")})
-
-        return Objective("hinge", {"primary": "multimodal"}, "primary", terms)
-
+def test_an_objective_of_ones_own_is_what_the_docs_show() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+    module: dict = {}
+    exec(code, module)
+    hinge = module["hinge"]
     found = hinge(m=2.0).terms(seen({"primary": jnp.array([0.5, 3.0])}, comparisons(2))).loss
     np.testing.assert_allclose(found, [1.5, 0.0])
     assert hinge().forwards() == {"primary": Forward("primary")}
+    assert parse_objective("hinge:m=3+centring", {"hinge": hinge}, MODIFIERS).name == "hinge:m=3+centring"
+
+
+def test_the_docs_have_a_row_for_each_and_know_its_options() -> None:
+    rows = re.findall(r"^\| `(.+?)` \|(.*)$", DOCS, flags=re.MULTILINE)
+    named = {spec.removeprefix("+").partition(":")[0] for spec, _ in rows}
+    assert named == {*OBJECTIVES, *MODIFIERS} and len(rows) == len(named)
+    for spec, row in rows:
+        if spec.startswith("+"):
+            find_objective("standard" + spec)
+            continue
+        find_objective(spec)
+        forwards = next((cell for cell in row.split("|") if re.fullmatch(r" [\d.]+ ", cell)), None)
+        if forwards is not None:
+            assert forward_passes(spec) == float(forwards), spec
+        given = dict(option.split("=") for option in spec.partition(":")[2].split(",") if option)
+        defaults = inspect.signature(OBJECTIVES[spec.partition(":")[0]]).parameters
+        assert all(float(defaults[name].default) == float(value) for name, value in given.items() if name != "combine")

@@ -179,7 +179,7 @@ def test_features_keep_any_bytes_and_text():
         "é", "p\u2028q", ("a", "b\0"), (Comparison(1, 0, 0.25, True),), rng.randbytes(999) + b"\0\0", "e", "f", 3
     )
     features = group_features()
-    for item in (group, dataclasses.replace(group, image=None, comparisons=())):
+    for item in (group, dataclasses.replace(group, image=None, comparisons=(), caption="ç")):
         stored = features.serialize_example(features.encode_example(encode_group(item)))
         assert decode_group(features.deserialize_example_np(stored)) == item
 

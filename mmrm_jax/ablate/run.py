@@ -16,7 +16,7 @@ from mmrm_jax.ablate.grid import Point, points
 from mmrm_jax.ablate.page import write_page
 from mmrm_jax.ablate.statistics import cost_rows, outcomes, summary_rows
 from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, table_rows, terminal_table
-from mmrm_jax.config import AblateConfig, MatrixConfig, to_json
+from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, to_json
 from mmrm_jax.data.shapes import WorldRates
 from mmrm_jax.eval.matrix import check_matrix, run_matrix
 from mmrm_jax.eval.publish import publish, versions
@@ -72,7 +72,22 @@ def matrix_config(point: Point, data: Path) -> MatrixConfig:
     if config.environments:
         return config
     rates = WorldRates(shapes.cue_agreement, shapes.label_noise, shapes.image_noise)
-    return with_shapes_world(config, data, shapes.comparisons, rates)
+    config = with_shapes_world(config, data, shapes.comparisons, rates)
+    return config if shapes.left_out is None else leave_out(config, shapes.left_out)
+
+
+def leave_out(config: MatrixConfig, name: str) -> MatrixConfig:
+    """The matrix with a single training set, all but environment `name`, whose test set stays, as do those of others
+    without one."""
+    rest = [e for e in config.environments if e.train is not None and e.name != name]
+    together = Environment(
+        "+".join(e.name for e in rest),
+        train="+".join(e.train for e in rest if e.train is not None),
+        test="+".join(e.test for e in rest),
+        validation="+".join(e.validation or "" for e in rest) if rest[0].validation else None,
+    )
+    tests = [dataclasses.replace(e, train=None) for e in config.environments if e not in rest]
+    return dataclasses.replace(config, environments=(together, *tests))
 
 
 def code_version() -> str:

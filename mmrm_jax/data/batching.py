@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
+from mmrm_jax.config import TEXT_VIEWS
 from mmrm_jax.data.buckets import BatchShape, Buckets, GroupShape
 from mmrm_jax.data.images import blank_tile
 from mmrm_jax.data.packing import Rows, pack
@@ -139,7 +140,7 @@ def _tiles(
 ) -> np.ndarray | None:
     if view == "blank":
         return blank[None]
-    if view == "absent" or not tiles_size:
+    if view in TEXT_VIEWS or not tiles_size:
         return None
     tiles = np.zeros((size, tiles_size, *blank.shape[1:]), blank.dtype)
     for g, group in enumerate(groups):

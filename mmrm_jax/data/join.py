@@ -41,16 +41,17 @@ def join_groups(groups: Sequence[Group]) -> Group:
 
 
 def join_rows(data: EncodedSource, most: int) -> EncodedSource:
-    """`data` with up to `most` rows of the same image (its bytes), prompt and environment as one group.
+    """`data` with up to `most` rows of the same image (its bytes), prompt, environment and caption as one group.
 
     Rows are joined in order, after each has been found to fit on its own. Raises DataError where an image cannot be
     read.
     """
     known: dict[Path, str] = {}
-    together: dict[tuple[str, str, str], list[list[int]]] = {}
+    together: dict[tuple[str, str, str, str | None], list[list[int]]] = {}
     for index in range(len(data)):
         group = data.group(index)
-        parts = together.setdefault((group_identity(group, known), group.prompt, group.environment), [[]])
+        same = (group_identity(group, known), group.prompt, group.environment, group.caption)
+        parts = together.setdefault(same, [[]])
         if len(parts[-1]) == most:
             parts.append([])
         parts[-1].append(data.kept[index])

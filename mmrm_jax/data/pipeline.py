@@ -29,7 +29,7 @@ from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
 from mmrm_jax.distributed import divided
-from mmrm_jax.types import Batch, Group, Quarantined
+from mmrm_jax.types import ENVIRONMENT, Batch, Group, Quarantined
 
 T = TypeVar("T")
 
@@ -101,6 +101,13 @@ class EncodedSource:
         kept, shapes = (tuple(values[i] for i in indices) for values in (self.kept, self.shapes))
         given = {name: [values[i] for i in indices] for name, values in self.given.items()}
         return dataclasses.replace(self, kept=kept, shapes=shapes, cache=cache, given=given)
+
+    def with_environments(self) -> EncodedSource:
+        """The same with the environment of each comparison in `given`, counted from 0 in the order of their names."""
+        names = [self.group(i).environment for i in range(len(self))]
+        number = {name: float(k) for k, name in enumerate(sorted(set(names)))}
+        values = [np.full(s.comparisons, number[n], np.float32) for n, s in zip(names, self.shapes, strict=True)]
+        return dataclasses.replace(self, given={**self.given, ENVIRONMENT: values})
 
     def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""

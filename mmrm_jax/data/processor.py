@@ -97,7 +97,7 @@ class Processor:
         if shown is None:
             shown = [self.tiles(image, change) for image in group.images] if _looks(views) else []
         counts = [len(tiles) for tiles in shown]
-        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length)
+        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length, group.caption)
         return EncodedGroup(index, text.prefixes, text.responses, joined(shown), group.comparisons)
 
     def tiles(self, image: Path | bytes, change: Change = unchanged) -> UInt8[np.ndarray, "T S S 3"]:
@@ -108,7 +108,7 @@ class Processor:
         """The padded sizes a group needs, from its text and image header alone; raises as `encode` does."""
         images = group.images if _looks(views) else ()
         counts = [tile_count(*image_size(image), self.preprocessing) for image in images]
-        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length)
+        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length, group.caption)
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in text.prefixes.items()},
             responses=tuple(map(len, text.responses)),

@@ -130,6 +130,8 @@ _WORDING = {
     "centre": "in the centre",
 }
 
+CAPTION = "There is a {size} {colour} {shape} {position} of the picture."
+
 FILLERS = (
     ", as anyone can see in the scene",
     ", which is easy to tell from the picture",
@@ -333,6 +335,7 @@ def make_group(seed: int, environment: str, split: str, index: int, rates: World
         environment=environment,
         file=f"shapes_world/{environment}",
         row=index + 1,
+        caption=fill_answer(CAPTION, sampled.scene),
     )
 
 

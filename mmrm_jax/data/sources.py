@@ -68,6 +68,23 @@ class ViewSource:
         return self.source[self.indices[index]]
 
 
+@dataclasses.dataclass(frozen=True)
+class ChainSource:
+    """The groups of several sources, one source after another."""
+
+    sources: tuple[GroupSource, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index: int, /) -> Group:
+        for source in self.sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(f"there are {len(self)} groups")
+
+
 def open_source(
     path: str | Path,
     split: str | None = None,
@@ -228,7 +245,8 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
         except DataError:
             image = "unreadable"
         comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
-        return json.dumps([group.id, group.prompt, group.responses, comparisons, image])
+        caption = [] if group.caption is None else [group.caption]
+        return json.dumps([group.id, group.prompt, group.responses, comparisons, image, *caption])
 
     total = hashlib.sha256()
     for start in range(0, len(source), _BLOCK):

@@ -221,6 +221,13 @@ class GroupTokens:
     responses: tuple[np.ndarray, ...]
 
 
+def captioned(prompt: str, caption: str | None) -> str:
+    """A prompt with a caption before it. Raises TextError where there is none."""
+    if caption is None:
+        raise TextError("no caption: `caption_only` reads the field 'caption', which says what the image shows")
+    return f"{caption}\n{prompt}"
+
+
 def encode_texts(
     chat: ChatTokenizer,
     prompt: str,
@@ -228,17 +235,22 @@ def encode_texts(
     tiles: int | Sequence[int],
     views: dict[str, BranchInput],
     max_length: int,
+    caption: str | None = None,
 ) -> GroupTokens:
     """Tokenise every conversation of a group whole, then split off the longest common prefix per branch.
 
-    `tiles` is `conversation`'s.
-    Raises TextError where a conversation is longer than `max_length` tokens; nothing is ever truncated.
+    `tiles` is `conversation`'s; the view "caption" has `caption` on a line of its own before the prompt, and no image.
+    Raises TextError where a conversation is longer than `max_length` tokens, and where that view lacks its caption;
+    nothing is ever truncated.
     """
     prefixes: dict[str, Conversation] = {}
     tails: tuple[np.ndarray, ...] | None = None
     known: dict[str, list[int]] = {}
     for branch, view in views.items():
-        whole = [chat.conversation(prompt, r, tiles, view, known) for r in responses]
+        asked = prompt
+        if view == "caption":
+            asked, view = captioned(prompt, caption), "absent"
+        whole = [chat.conversation(asked, r, tiles, view, known) for r in responses]
         longest = max(len(c.tokens) for c in whole)
         if longest > max_length:
             raise TextError(f"a conversation has {longest} tokens, over the budget of max_length={max_length}")

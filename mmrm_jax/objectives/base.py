@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmrm_jax.config import BranchInput, TrainConfig
-from mmrm_jax.types import Batch, Comparisons, Prefix
+from mmrm_jax.types import ENVIRONMENT, Batch, Comparisons, Prefix
 
 Margins = Mapping[str, Float[Array, " C"]]
 
@@ -58,6 +58,10 @@ class Seen:
     def group(self) -> Int[Array, " C"]:
         """The group of every comparison's winner."""
         return self.comparisons.index[:, 0] // next(iter(self.rewards.values())).shape[1]
+
+    def environment(self) -> Int[Array, " C"]:
+        """The environment of every comparison, from 0; of an objective that asks for `environments`."""
+        return self.comparisons.given[ENVIRONMENT].astype(jnp.int32)
 
     def mean(self, values: Float[Array, " C"], where: Bool[Array, " C"] | None = None) -> Float[Array, ""]:
         """The mean over valid comparisons (of those in `where`); 0 where there is none."""
@@ -137,6 +141,7 @@ class Objective:
         heads: Name -> K: linear maps [D, K], float32, trained beside the branches and left behind with the proxy; None
             is a K of D.
         state: What `Seen.state` is in the first step, where numbers are carried from step to step; then `couples`.
+        environments: Whether `terms` reads the environment of each comparison, in `Comparisons.given`, counted from 0.
         couples: Whether a comparison's loss depends on others of the batch: then micro-batches would change the result.
         before: The run that comes first, if there is one.
         adapt: What it changes of a run's settings, where it trains other parts of the model than they say.
@@ -151,6 +156,7 @@ class Objective:
     pooled: tuple[str, ...] = ()
     heads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     state: tuple[float, ...] = ()
+    environments: bool = False
     couples: bool = False
     before: Before | None = None
     adapt: Callable[[TrainConfig], TrainConfig] = lambda config: config

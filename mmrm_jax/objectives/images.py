@@ -96,6 +96,30 @@ def mcr(*, weight: float = 0.1) -> Objective:
     return Objective("mcr", PRIMARY, "primary", terms, extra=extra, couples=True)
 
 
+def arm(*, weight: float = 1.0) -> Objective:
+    """L + weight * gap * L_weak: comparisons are learnt again from the modality that contributes less to them.
+
+    A modality contributes to the label, in nats, its Shapley value of ln 2 - L of a set of modalities, which is nothing
+    for no modality: half of what it says alone, and half of what it adds to the other, its marginal and its conditional
+    contribution. L_weak is the loss on the one with less, and gap by how much less, at most 1; neither has a gradient.
+    Alone, text is the prompt beside a blank image, and the image has no prompt beside it.
+
+    Gao et al. 2025, "Asymmetric Reinforcing against Multi-modal Representation Bias", arXiv 2501.01240, who estimate
+    both contributions from histograms of a classifier's outputs, and draw an example again with its stronger modality
+    dropped, the more often the larger the gap: here it weighs more, in the same step.
+    """
+
+    def terms(seen: Seen) -> Terms:
+        both, text, image = (seen.loss(name) for name in ("primary", "ablated", "unprompted"))
+        # (text - image): of both halves each has the difference of the losses alone.
+        gap = jax.lax.stop_gradient(image - text)
+        weak = jnp.where(gap > 0, image, text)
+        return Terms(both + weight * jnp.minimum(jnp.abs(gap), 1.0) * weak, {"primary": both})
+
+    extra = {"ablated": Forward("primary", "blank"), "unprompted": Forward("primary", "image_only")}
+    return Objective("arm", PRIMARY, "primary", terms, extra=extra)
+
+
 def _jensen_shannon(a: Array, b: Array) -> Array:
     """Of two coins with logits a and b, in nats."""
     p, q = jax.nn.sigmoid(a), jax.nn.sigmoid(b)

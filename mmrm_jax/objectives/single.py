@@ -22,6 +22,14 @@ def text_only() -> Objective:
     return Objective("text_only", {"proxy": "proxy"}, "proxy", _terms)
 
 
+def caption_only() -> Objective:
+    """The reward model with a caption in place of the image: does it take pixels, or only what they show?
+
+    After the question of Wang et al. 2024, arXiv 2405.01591; rows without a caption cannot be used.
+    """
+    return Objective("caption_only", {"caption": "caption"}, "caption", _terms)
+
+
 def image_only() -> Objective:
     """The reward model with the image and without the prompt."""
     return Objective("image_only", {"image": "image_only"}, "image", _terms)

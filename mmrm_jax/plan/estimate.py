@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmrm_jax.config import ModelConfig, TrainConfig
+from mmrm_jax.config import TEXT_VIEWS, ModelConfig, TrainConfig
 from mmrm_jax.plan.hlo import Collective
 from mmrm_jax.plan.shapes import DataShape, abstract_batch
 from mmrm_jax.train.program import Program, as_trained
@@ -171,7 +171,7 @@ def _frozen_uses(program: Program, config: TrainConfig) -> Iterator[tuple[float,
     everything = [(path, x) for path, x in nnx.to_flat_state(program.abstract.frozen) if path[0] not in unused]
     for branch, view in program.views.items():
         own, below = dict(nnx.to_flat_state(program.abstract.params[branch])), False
-        for part in ("decoder", "score") if view == "absent" else (*IMAGE_PARTS, "decoder", "score"):
+        for part in ("decoder", "score") if view in TEXT_VIEWS else (*IMAGE_PARTS, "decoder", "score"):
             below = below or any(path[0] == part for path in own)
             frozen = [x for path, x in everything if path[0] == part and path not in own]
             if frozen:

@@ -36,7 +36,7 @@ class DataShape:
 
     def tiles_of(self, view: BranchInput) -> int:
         """Image tiles that a branch sees."""
-        return {"absent": 0, "blank": 1}.get(view, self.tiles)
+        return {"absent": 0, "caption": 0, "blank": 1}.get(view, self.tiles)
 
     def prefix_of(self, view: BranchInput, model: ModelConfig) -> int:
         """P, the tokens of a branch's prefix."""

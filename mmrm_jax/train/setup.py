@@ -22,7 +22,7 @@ from mmrm_jax.data.join import join_rows
 from mmrm_jax.data.pipeline import NO_AUGMENTATION, BatchPlan, EncodedSource, MakeBatch, batches, index_source
 from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
-from mmrm_jax.data.sources import GroupSource, open_source, split_holdout
+from mmrm_jax.data.sources import ChainSource, GroupSource, open_source, split_holdout
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
 from mmrm_jax.distributed import own_file
 from mmrm_jax.models.hf.config import read_config
@@ -125,7 +125,11 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
 
 
 def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
-    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`."""
+    """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`, or several of them joined by "+", one after another."""
+    if "+" in spec and not (root / spec).exists():
+        opened = [open_spec(part, root, image_root) for part in spec.split("+")]
+        sources, quarantined = zip(*opened, strict=True)
+        return ChainSource(sources), [row for rows in quarantined for row in rows]
     folder, colon, split = Path(spec).name.partition(":")  # the first colon: a TFDS slice may hold another
     if colon:
         return open_source(root / Path(spec).parent / folder, split or None)
@@ -171,6 +175,8 @@ def training_batches(
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
     """
+    if find_objective(config.objective).environments:
+        data = data.with_environments()
     shapes = data.shapes if only is None else [data.shapes[i] for i in only]
     plan = BatchPlan(list(map(buckets.of, shapes)), config.batch_size, config.seed, steps, only)
     index, count = batch_share(mesh)

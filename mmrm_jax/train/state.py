@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmrm_jax.config import BranchInput, LoraConfig, ModelConfig
+from mmrm_jax.config import TEXT_VIEWS, BranchInput, LoraConfig, ModelConfig
 from mmrm_jax.models.layers import param
 from mmrm_jax.models.lora import check_targets, init_adapters
 from mmrm_jax.models.reward import RewardModel
@@ -77,7 +77,7 @@ def _part(params: nnx.State, names: frozenset[str], *, inside: bool) -> nnx.Stat
 
 def branch_frozen(freeze: tuple[str, ...], view: BranchInput) -> frozenset[str]:
     """First path elements that a branch does not train: those frozen by choice, and image parts it never uses."""
-    return frozenset(freeze) | (frozenset(IMAGE_PARTS) if view == "absent" else frozenset())
+    return frozenset(freeze) | (frozenset(IMAGE_PARTS) if view in TEXT_VIEWS else frozenset())
 
 
 def adapted_branches(lora: LoraConfig, branches: Iterable[str]) -> list[str]:

@@ -83,7 +83,14 @@ def make_group(
         row=origin.row,
         image_name=names[0] if len(names) == 1 else None,
         more_images=images[1:],
+        caption=_caption(row),
     )
+
+
+def _caption(row: Row) -> str | None:
+    """What `caption_only` reads in place of the images; no other objective asks for it."""
+    caption = row.get("caption")
+    return caption if isinstance(caption, str) and caption.strip() else None
 
 
 def misplaced(name: str, places: int, images: int) -> RowError:

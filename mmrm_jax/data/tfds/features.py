@@ -34,6 +34,7 @@ def group_features() -> tfds.features.FeaturesDict:
             "image": tfds.features.Scalar(np.object_),
             "more_images": tfds.features.Sequence(tfds.features.Scalar(np.object_)),
             "environment": text(),
+            "caption": text(),
             "file": text(),
             "row": np.int32,
         }
@@ -56,6 +57,7 @@ def encode_group(group: Group) -> dict[str, Any]:
         "image": images[0] if images else b"",
         "more_images": images[1:],
         "environment": group.environment,
+        "caption": group.caption or "",
         "file": group.file,
         "row": group.row,
     }
@@ -74,7 +76,9 @@ def decode_group(example: Mapping[str, Any]) -> Group:
         environment=_text(example["environment"]),
         file=_text(example["file"]),
         row=int(example["row"]),
-        more_images=tuple(bytes(image) for image in example.get("more_images", ())),  # older data sets have none
+        # Older data sets have none of these.
+        more_images=tuple(bytes(image) for image in example.get("more_images", ())),
+        caption=_text(example.get("caption", "")) or None,
     )
 
 

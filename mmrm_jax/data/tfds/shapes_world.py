@@ -85,8 +85,8 @@ def shapes_world_config(
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     """Comparisons of one environment of the shapes world, in the order of their index."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version.", "1.1.0": "Captions."}
     BUILDER_CONFIGS: ClassVar[list[ShapesWorldConfig]] = [
         shapes_world_config(environment) for environment in ENVIRONMENTS
     ]

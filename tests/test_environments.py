@@ -1,0 +1,118 @@
+"""Training on several files at once, whose environments an objective may look at; captions in place of images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run, write_pairs
+from rich.console import Console
+
+from mmrm_jax.ablate.run import leave_out
+from mmrm_jax.config import DataConfig, Environment, MatrixConfig, TrainConfig
+from mmrm_jax.data.shapes import make_group
+from mmrm_jax.data.sources import fingerprint
+from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.setup import encode, open_checkpoint, open_spec
+
+SMALL = ["--steps", 2, "--batch-size", 8, "--data.holdout", 0, "--data.buckets", 1]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        write_pairs(tmp_path, name, 8, seed=ord(name))
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("{}\n")
+    return tmp_path
+
+
+def test_files_joined_by_a_plus_come_one_after_another(two: Path) -> None:
+    source, quarantined = open_spec("b.jsonl+a.jsonl", two, None)
+    alone = [open_spec(f"{name}.jsonl", two, None)[0] for name in ("b", "a")]
+    assert [source[i] for i in range(len(source))] == [each[i] for each in alone for i in range(len(each))]
+    assert [(Path(q.file).name, q.row) for q in quarantined] == [("b.jsonl", 9)]
+    with pytest.raises(IndexError, match="16 groups"):
+        source[16]
+    shutil.copy(two / "a.jsonl", two / "b.jsonl+a.jsonl")  # a file of that very name is meant then
+    assert len(open_spec("b.jsonl+a.jsonl", two, None)[0]) == 8
+
+
+def test_environments_are_numbers_of_comparisons(two: Path) -> None:
+    source, _ = open_spec("b.jsonl+a.jsonl", two, None)
+    config = TrainConfig(data=DataConfig(holdout=0.0))
+    checkpoint = open_checkpoint(MODEL_DIR, config.data)
+    views = {"primary": "multimodal"}
+    data, _ = encode(source, checkpoint, views, config, name="both", console=Console(quiet=True))  # type: ignore[arg-type]
+    found = data.with_environments()
+    given = [found.encode(i).given["environment"].tolist() for i in range(len(found))]  # type: ignore[union-attr]
+    assert given == [[1.0]] * 8 + [[0.0]] * 8
+    assert found.only([15, 0]).encode(1).given["environment"].tolist() == [1.0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("objective", ["v_rex:beta=2", "group_dro:environments=2"])
+def test_training_across_environments(capsys, two: Path, objective: str) -> None:
+    command = [
+        "train",
+        "--data",
+        f"{two / 'a.jsonl'}+{two / 'b.jsonl'}",
+        "--out",
+        two / "run",
+        "--objective",
+        objective,
+        *SMALL,
+    ]
+    status, text = run(capsys, *command)
+    assert status == 0, text
+    lines = [json.loads(line) for line in (two / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_caption_in_place_of_the_image(capsys, two: Path) -> None:
+    rows = [json.loads(line) for line in (two / "a.jsonl").read_text().splitlines()]
+    captioned = [row | {"caption": f"It is all {row['chosen'].split()[-1]}"} for row in rows]
+    captioned[3]["caption"] = " "
+    (two / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captioned))
+    command = ["train", "--out", two / "run", "--objective", "caption_only", *SMALL, "--data"]
+    status, text = run(capsys, *command, two / "c.jsonl")
+    assert status == 0, text
+    (left_out,) = map(json.loads, (two / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert left_out["row"] == 4 and "no caption" in left_out["reason"] and "'caption'" in left_out["reason"]
+    status, text = run(capsys, *command, two / "a.jsonl", "--out", two / "none")
+    assert status == 2 and "no caption: `caption_only` reads the field 'caption'" in text
+
+    # Sight of the caption, and of no pixels: the words are in the prefix, the image is not.
+    config = TrainConfig(data=DataConfig(holdout=0.0))
+    checkpoint = open_checkpoint(MODEL_DIR, config.data)
+    source, _ = open_spec("c.jsonl", two, None)
+    encoded = checkpoint.processor.encode(source[0], 0, {"caption": "caption", "proxy": "absent"})
+    assert encoded.tiles is None and np.all(encoded.prefixes["caption"].visual == -1)
+    decode = checkpoint.processor.chat.tokenizer.decode
+    caption, prompt = (decode(encoded.prefixes[name].tokens.tolist()) for name in ("caption", "proxy"))
+    assert captioned[0]["caption"] in caption and captioned[0]["caption"] not in prompt and "Colour?" in prompt
+    assert fingerprint(source, {}) != fingerprint(open_spec("a.jsonl", two, None)[0], {})
+
+
+def test_captions_of_the_shapes_world_say_what_there_is() -> None:
+    from mmrm_jax.data.shapes import scene_truth
+
+    for i in range(20):
+        scene, caption = scene_truth(0, "long", "test", i).scene, make_group(0, "long", "test", i).caption
+        assert caption is not None and f"a {scene.size} {scene.colour} {scene.shape} " in caption
+        assert {"centre": "in the centre"}.get(scene.position, scene.position) in caption
+
+
+def test_an_environment_left_out_is_tested_on_alone() -> None:
+    environments = (
+        *(Environment(n, train=f"{n}:train", test=f"{n}:test") for n in ("long", "hedged", "short")),
+        Environment("neutral", train=None, test="neutral:test"),
+    )
+    found = leave_out(MatrixConfig(environments=environments), "hedged").environments
+    assert found == (
+        Environment("long+short", train="long:train+short:train", test="long:test+short:test"),
+        Environment("hedged", train=None, test="hedged:test"),
+        Environment("neutral", train=None, test="neutral:test"),
+    )

@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 
 # The numbers seed the generator: changing one changes the data set.
+STYLES = ("plain", "long", "hedged")
 ENVIRONMENTS = {"long": 0, "hedged": 1, "short": 2, "neutral": 3}
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CAPTIONS = 1000  # takes the place of the environment's number, so captions share no stream with comparisons
@@ -337,6 +338,35 @@ def make_group(seed: int, environment: str, split: str, index: int, rates: World
         row=index + 1,
         caption=fill_answer(CAPTION, sampled.scene),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """A scene, a question, and answers as a policy might give them: `right` and `style` say what each of them is."""
+
+    pixels: UInt8[np.ndarray, "32 32 3"]
+    prompt: str
+    responses: tuple[str, ...]
+    right: tuple[bool, ...]
+    style: tuple[str, ...]
+
+
+def sample_candidates(rng: np.random.Generator, count: int) -> Candidates:
+    """Draw `count` answers to one question, each of its own phrasing: right or not by a fair coin, wrong in any value
+    of an attribute that is asked for, and plain, long or hedged at one rate.
+    """
+    scene = sample_scene(rng)
+    pixels, question = render(scene, rng), QUESTIONS[int(rng.integers(len(QUESTIONS)))]
+    prompt = _pick(rng, question.prompts)
+    drawn: list[tuple[str, bool, str]] = []
+    for _ in range(count):
+        right, style = bool(rng.random() < 0.5), _pick(rng, STYLES)
+        changed = _pick(rng, question.asks)
+        other = _pick(rng, tuple(v for v in VALUES[changed] if v != getattr(scene, changed)))
+        said = scene if right else dataclasses.replace(scene, **{changed: other})
+        drawn.append((style_answer(fill_answer(_pick(rng, question.answers), said), style, rng), right, style))
+    responses, right, style = zip(*drawn, strict=True)
+    return Candidates(pixels, prompt, responses, right, style)
 
 
 @dataclasses.dataclass(frozen=True)

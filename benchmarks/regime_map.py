@@ -85,9 +85,10 @@ def draw(maps: dict[str, list[dict[str, float]]]) -> bytes:
         for line, what in enumerate(("ood", "iid")):
             values, across, down = grid(rows, what)
             place = axes[line][column]
-            place.imshow(values, cmap="RdBu", vmin=-60, vmax=60, aspect="auto", origin="lower")
+            place.imshow(values, cmap="RdBu", vmin=-100, vmax=100, aspect="auto", origin="lower")
             for (i, j), value in np.ndenumerate(values):
-                place.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(value) > 60 else "black"
+                place.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8, color=colour)
             place.set_xticks(range(len(across)), [f"{a:g}" for a in across], fontsize=8)
             place.set_yticks(range(len(down)), [f"{d:g}" for d in down], fontsize=8)
             place.set_title(f"{title}: {'o.o.d.' if what == 'ood' else 'i.i.d.'}", fontsize=9)

@@ -20,6 +20,7 @@ from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
     AblateArgs,
     AuditArgs,
+    BestOfNArgs,
     EvaluateArgs,
     ExportArgs,
     InspectArgs,
@@ -183,6 +184,23 @@ def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
     return summary
 
 
+def best_of_n(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See BestOfNArgs."""
+    from mmrm_jax.eval.select import best_of_n as select
+
+    args = _parse("best-of-n", BestOfNArgs, argv)
+    found = select(
+        args.scores,
+        args.out,
+        top=args.top,
+        gold=args.gold,
+        gold_scores=args.gold_scores,
+        plot=args.plot,
+        console=console,
+    )
+    return _written(args.json, found)
+
+
 def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See ExportArgs."""
     from mmrm_jax.eval.export import export_run
@@ -218,6 +236,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "audit": (audit, "how far preference data can be solved without its images"),
     "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
     "score": (score, "rewards of every response in a file"),
+    "best-of-n": (best_of_n, "the favourites among scored responses, and what best-of-n costs and is worth"),
     "export": (export, "a trained run as a checkpoint folder in the Hugging Face layout"),
     "plan": (plan, "memory, FLOPs, collectives and step time on hardware that is not at hand"),
     "prepare": (prepare, "validate preference files and write them as a data set"),

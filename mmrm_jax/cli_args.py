@@ -242,6 +242,34 @@ class ScoreArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class BestOfNArgs:
+    """Pick the best-scored responses to each prompt, and show what best-of-n costs and is worth.
+
+    For n = 1, 2, 4, ... it prints the expected score of the best of n responses, the KL divergence of best-of-n from
+    the policy that wrote them, ln n - (n - 1) / n, and, where gold scores are known, their expected value: where that
+    falls while the score still rises, the score is over-optimised.
+
+    Attributes:
+        scores: What mmrm score wrote. Lines that follow one another with the same id, image and prompt are responses to
+            one prompt; those with an error are left out.
+        out: File for the picks: lines of `scores` with "rank" from 1 and "of", the number of responses.
+        top: Picks a prompt, best first.
+        gold: Field of the lines that holds a gold score: a human's, a checker's.
+        gold_scores: Another file of mmrm score on the same responses, by a better model, in place of such a field.
+        plot: Also draw the curves to this PNG file.
+        json: Also write curves and counts to this file.
+    """
+
+    scores: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    top: int = 1
+    gold: str | None = None
+    gold_scores: Path | None = None
+    plot: Path | None = None
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportArgs:
     """Write a trained run as a checkpoint folder: safetensors, config.json, tokenizer and preprocessing.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -64,7 +64,7 @@ class Curve:
 
 def best_of_curve(
     rewards: Sequence[Float[np.ndarray, " N"]],
-    values: dict[str, Sequence[Float[np.ndarray, " N"]]],
+    values: Mapping[str, Sequence[Float[np.ndarray, " N"]]],
     ns: Sequence[int],
 ) -> Curve:
     """What `rewards` would pick among n responses to each prompt, measured by each of `values`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from mmrm_jax.eval.evaluate import Evaluation, image_clusters
 from mmrm_jax.eval.matrix import Cell, CellResult, Matrix, all_cells, check_matrix, read_cell, share_out, write_cell
 from mmrm_jax.eval.matrix_data import Data
 from mmrm_jax.eval.publish import publish
+from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.objectives import OBJECTIVES
 from mmrm_jax.train.checkpoint import CheckpointError
+from mmrm_jax.train.progress import make_progress
 from mmrm_jax.types import Comparison, Group, Quarantined
 
 
@@ -177,3 +180,24 @@ def _instead(pool: type, function: Callable, argument: object) -> Callable:
     """A `submit` that calls `function(argument)`, whatever it is given."""
     submit = pool.submit
     return lambda self, *args: submit(self, function, argument)
+
+
+def test_what_has_run_so_far_is_shown(capsys) -> None:
+    found = {
+        "a": evaluation([1, 1, -1, 5], [False, False, False, True]),
+        "b": evaluation([-1, 1]),
+        "n": evaluation([1]),
+    }
+    means = accuracies(found, "primary", "A", {"A": "a", "B": "b"})
+    assert means == {"iid": pytest.approx(2 / 3), "ood": 0.5}
+    lines = Running(Console())
+    lines.add("standard", "standard-A-0", means)
+    assert "standard-A-0: i.i.d. 66.7, o.o.d. 50.0" in capsys.readouterr().out
+    live = Running(Console(force_terminal=True, width=100))
+    with make_progress(live.console, TableProgress) as progress:
+        progress.running = live
+        live.add("standard", "standard-A-0", means)
+        live.add("standard", "standard-B-0", {"iid": 1.0})
+        progress.refresh()
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert re.search(r"standard +2 +83.3 +50.0", text), text

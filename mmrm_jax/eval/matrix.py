@@ -22,6 +22,7 @@ from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_q
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
 from mmrm_jax.eval.metrics import CellScores
+from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.eval.stages import Build, Show, first_params, run_before
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
@@ -232,7 +233,9 @@ def run_cells(
             programs[key] = build_program(checkpoint.config, settings, steps)
         return programs[key]
 
-    with make_progress(console) as progress:
+    running = Running(console)
+    with make_progress(console, TableProgress) as progress:
+        progress.running = running
         overall = progress.add_task("matrix" if config.jobs == 1 else "share", total=len(cells), metrics="")
         for cell in cells:
             folder = config.out / "cells" / cell.name
@@ -241,6 +244,9 @@ def run_cells(
                 steps = training_steps(settings, len(data.train[cell.train]))
                 show = functools.partial(task, progress)
                 write_cell(folder, run_cell(cell, build, checkpoint, data, settings, steps, folder, show))
+            branch = find_objective(cell.objective).scores
+            found = accuracies(read_cell(folder, cell).evaluations, branch, cell.train, data.iid)
+            running.add(cell.objective, cell.name, found)
             progress.advance(overall)
             after_cell()
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+P = TypeVar("P", bound=Progress)
 
-def make_progress(console: Console) -> Progress:
+
+def make_progress(console: Console, kind: type[P] = Progress) -> P:
     """A bar with step, loss, accuracy, mean SFC, throughput and time left."""
-    return Progress(
+    return kind(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),

@@ -179,7 +179,7 @@ def score(argv: Sequence[str], console: Console) -> dict[str, Any]:
         console=console,
     )
     _written(args.json, summary)
-    if not summary["scores"]:
+    if not summary.get("scores", 1):
         raise ValueError(f"nothing in {args.data} could be scored; {args.out} says why, response by response")
     return summary
 
@@ -242,7 +242,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "prepare": (prepare, "validate preference files and write them as a data set"),
 }
 
-SEVERAL = ("train", "evaluate")  # commands that several processes can run together
+SEVERAL = ("train", "evaluate", "score")  # commands that several processes can run together
 
 
 def main() -> None:

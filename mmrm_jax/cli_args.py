@@ -214,14 +214,17 @@ class ScoreArgs:
     Every response of a row is scored, whatever is compared. One that cannot be scored has its line in place all the
     same, with id, prompt, img_path and response as far as they are known, and "error" instead of "score". A row whose
     responses cannot be told, such as broken JSON, gives one line with "file", "row" and "error". Where nothing at all
-    could be scored the exit status is 2. A run of `mmrm train` is scored once `mmrm export` has made a checkpoint
+    could be scored the exit status is 2. Given again after it was stopped, the command goes on from the parts in
+    OUT.parts, and the file is the same, bit for bit; several processes (MMRM_COORDINATOR, see README.md) share the
+    parts out. A run of `mmrm train` is scored once `mmrm export` has made a checkpoint
     folder of it.
 
     Attributes:
         model: Checkpoint folder of a reward model; its own tokenizer and preprocessing are used.
         data: {"prompt", "img_path", "responses"} or preference rows, in a FILE or as FILE@FORMAT, or DIRECTORY:SPLIT of
             a prepared data set.
-        out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score".
+        out: File of {"id", "prompt", "img_path", "response", "score"} lines, or with "error" in place of "score";
+            columns of these names where it is called *.parquet.
         image_root: Folder that image paths are relative to; None takes the data file's.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Rows a step; rounded up to a multiple of the devices.

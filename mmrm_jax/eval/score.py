@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
+import functools
+import hashlib
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, ListPlan, batches, buckets_for, index_source
 from mmrm_jax.data.records import split_format, summarise_quarantine
 from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
-from mmrm_jax.data.sources import GroupSource, MemorySource
+from mmrm_jax.data.sources import GroupSource, MemorySource, fingerprint
+from mmrm_jax.distributed import barrier, is_main
+from mmrm_jax.eval.score_parts import Parts, as_json
 from mmrm_jax.eval.scorer import Scorer, open_scorer
 from mmrm_jax.sharding import make_mesh, whole_batch
-from mmrm_jax.train.setup import describe_data, open_spec
+from mmrm_jax.train.setup import describe_data, model_fingerprint, open_spec
 from mmrm_jax.types import Batch, Group, Quarantined
 
+BATCHES = 16  # of a part
 VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
 
 
@@ -62,10 +65,11 @@ class ReadBatch:
         return jax.tree.map(lambda x: x[0], batch), list(zip(groups, problems, strict=True))
 
 
-def score_source(data: EncodedSource, scorer: Scorer, *, batch_size: int, buckets: Buckets) -> Iterator[Scored]:
-    """Every group in order, scored, or why it cannot be read; a batch is what the devices divide, so rounded up."""
-    size = whole_batch(batch_size, scorer.mesh)
-    for batch, found in batches(ListPlan(range(len(data)), size), ReadBatch(data, buckets, size)):
+def score_source(
+    data: EncodedSource, scorer: Scorer, positions: Sequence[int], *, batch_size: int, buckets: Buckets
+) -> Iterator[Scored]:
+    """The groups at `positions` in order, scored, or why they cannot be read; `batch_size` is what devices divide."""
+    for batch, found in batches(ListPlan(positions, batch_size), ReadBatch(data, buckets, batch_size)):
         rewards = scorer.run(batch)
         rows = (values[last >= 0] for values, last in zip(rewards, batch.responses.last, strict=True))
         for group, problem in found:
@@ -87,42 +91,105 @@ def score_file(
     """Write one line a response, in the order of rows and responses, and return how many scores and errors there are.
 
     A line is `{"id", "prompt", "img_path", "response", "score"}`, with "error" in place of "score" for a response that
-    cannot be scored, and one `{"file", "row", "error"}` for a row whose responses cannot be told; see `ScoringRow`.
+    cannot be scored, and one `{"file", "row", "error"}` for a row whose responses cannot be told; see `ScoringRow`. Of
+    a `*.parquet` these are the columns. Rows are scored in parts, of the same batches however often the command was
+    interrupted; finished ones lie beside `out` until it is whole. Several processes share out the parts.
     Raises ValueError where `out` cannot be written or is the data itself, and for a checkpoint without a score head,
-    unless `draw_score` is the seed that one is drawn from; DataError for a file that cannot be read or has no rows.
+    unless `draw_score` is the seed that one is drawn from; DataError for a file that cannot be read or has no rows;
+    CheckpointError where the parts are of other data, of another model or of other settings.
     """
     for name, value in (("--batch-size", batch_size), ("--buckets", buckets)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    part = _part_of(out, spec)
-    source, asked = _open_rows(spec, image_root)
-    scorer, drawn = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, draw_score)
+    _check_out(out, spec)
+    source, rows = _open_rows(spec, image_root)
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    scorer, drawn = open_scorer(model, mesh, dtype, batch_size, draw_score)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {draw_score}: {', '.join(drawn)}")
+    settings = {"dtype": dtype, "batch_size": batch_size, "buckets": buckets, "draw_score": draw_score}
+    prints = {"model": model_fingerprint(model), "data": [fingerprint(source, {}), _lines_print(rows)]}
+    parts = Parts.begin(out, settings | prints | {"devices": len(mesh.devices.flat)})
     data, unfit = index_source(
         source, scorer.checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
     )
-    scored: Iterable[Scored] = ()
-    if len(data):
-        sizes = buckets_for([data], buckets)
+    reasons = dict(zip(sorted(set(range(len(source))) - set(data.kept)), (q.reason for q in unfit), strict=True))
+    sizes = buckets_for([data], buckets) if len(data) else None
+    if sizes is not None:
         console.print(describe_data([data], sizes))
-        scored = score_source(data, scorer, batch_size=batch_size, buckets=sizes)
-    scored = _bar(f"scoring {spec}", console)(scored, len(data))
-    kept = set(data.kept)
-    left_out = (source[i] for i in range(len(source)) if i not in kept)
-    rejected = (Scored(group, q.reason) for group, q in zip(left_out, unfit, strict=True))
-    finished = (finish(s, asked.get(_row(s))) for s in heapq.merge(scored, rejected, key=_row))
-    hopeless = (row for row in asked.values() if row.group is None)
-    rows, scores, errors = write_lines(part, heapq.merge(finished, hopeless, key=lambda row: row.row))
-    part.rename(out)
+    work = Scoring(data, reasons, rows, scorer, whole_batch(batch_size, mesh), sizes)
+    missing = [k for k in range(jax.process_index(), work.parts, jax.process_count()) if not parts.done(k)]
+    if len(missing) < len(range(jax.process_index(), work.parts, jax.process_count())):
+        console.print(f"going on: {work.parts - len(missing)} of {work.parts} parts are in {parts.folder}")
+    for k in _bar(f"scoring {spec}", console)(missing):
+        parts.write(k, work.rows_of(k))
+    barrier("scored")
+    found = {"out": str(out), "drawn": drawn}
+    if not is_main():
+        return found
+    good, scores, errors = parts.join(work.parts, out)
     if errors:
         console.print(summarise_quarantine(errors, "without a score"))
-    console.print(f"{scores} scores of {rows} rows are in {out}")
-    return {"out": str(out), "scores": scores, "rows": rows, "errors": len(errors), "drawn": drawn}
+    console.print(f"{scores} scores of {good} rows are in {out}")
+    return found | {"scores": scores, "rows": good, "errors": len(errors)}
 
 
-def _part_of(out: Path, spec: str) -> Path:
-    """Where the lines go until the last one is written."""
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """All rows of a file, in parts of a few batches each.
+
+    `rows` are those of the file, in order, with None for each group of a prepared data set; `reasons` says, by position
+    in the source, why a group cannot be used.
+    """
+
+    data: EncodedSource
+    reasons: dict[int, str]
+    rows: Sequence[ScoringRow | None]
+    scorer: Scorer
+    batch_size: int
+    buckets: Buckets | None
+
+    @property
+    def size(self) -> int:
+        """Rows a part."""
+        return BATCHES * self.batch_size
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return -(-len(self.rows) // self.size)
+
+    @functools.cached_property
+    def _indices(self) -> list[int | None]:
+        """The position in the source of each row's group, None where it has none."""
+        count = itertools.count()
+        return [None if row is not None and row.group is None else next(count) for row in self.rows]
+
+    @functools.cached_property
+    def _places(self) -> dict[int, int]:
+        """Position in the source -> position in `data`."""
+        return {index: place for place, index in enumerate(self.data.kept)}
+
+    def rows_of(self, k: int) -> Iterator[ScoringRow]:
+        """The rows of part `k` in order, each of its lines with a score or an error."""
+        chosen = range(k * self.size, min((k + 1) * self.size, len(self.rows)))
+        positions = [self._places[i] for r in chosen if (i := self._indices[r]) in self._places]  # type: ignore[index]
+        scored = iter(())
+        if positions and self.buckets is not None:
+            scored = score_source(self.data, self.scorer, positions, batch_size=self.batch_size, buckets=self.buckets)
+        for r in chosen:
+            row, index = self.rows[r], self._indices[r]
+            if index is None:
+                assert row is not None
+                yield row
+            elif index in self.reasons:
+                yield finish(Scored(self.data.source[index], self.reasons[index]), row)
+            else:
+                yield finish(next(scored), row)
+
+
+def _check_out(out: Path, spec: str) -> None:
+    """Raises ValueError where `out` is a directory or the data itself."""
     part, data = out.with_name(out.name + ".part"), split_format(spec)[0]
     for file in (out, part):
         if file.is_dir():
@@ -130,19 +197,23 @@ def _part_of(out: Path, spec: str) -> Path:
         if file.exists() and data.exists() and file.samefile(data):
             raise ValueError(f"{file} is the data itself and would be overwritten; give --out another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return part
 
 
-def _open_rows(spec: str, image_root: Path | None) -> tuple[GroupSource, dict[int, ScoringRow]]:
-    """(groups to score, all rows of a file by number); a prepared data set has no rows but its groups'."""
+def _open_rows(spec: str, image_root: Path | None) -> tuple[GroupSource, Sequence[ScoringRow | None]]:
+    """(groups to score, the rows of a file in order); a prepared data set has no rows but its groups', None each."""
     if ":" in Path(spec).name or Path(spec).is_dir():
-        return open_spec(spec, Path(), image_root)[0], {}
+        source = open_spec(spec, Path(), image_root)[0]
+        return source, [None] * len(source)
     rows = read_scoring(Path(spec), image_root)
-    return MemorySource(tuple(row.group for row in rows if row.group is not None)), {row.row: row for row in rows}
+    return MemorySource(tuple(row.group for row in rows if row.group is not None)), rows
 
 
-def _row(scored: Scored) -> int:
-    return scored.group.row
+def _lines_print(rows: Sequence[ScoringRow | None]) -> str:
+    """SHA-256 of what is known of each row before it is scored, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(b"".join(as_json(line).encode() for line in (() if row is None else row.lines)) + b"\n")
+    return digest.hexdigest()
 
 
 def finish(scored: Scored, asked: ScoringRow | None) -> ScoringRow:
@@ -157,21 +228,6 @@ def _result(score: float) -> dict[str, Any]:
     if math.isfinite(score):
         return {"score": score}
     return {"error": f"no finite score: the model gives {score}; are its weights finite?"}
-
-
-def write_lines(file: Path, rows: Iterable[ScoringRow]) -> tuple[int, int, list[Quarantined]]:
-    """Write the lines of each row as it comes; (rows with a score, scores, errors)."""
-    good = scores = 0
-    errors: list[Quarantined] = []
-    # A reason or a response may hold half of a surrogate pair; as \udXXX it is valid JSON.
-    with file.open("w", encoding="utf-8", errors="backslashreplace") as f:
-        for row in rows:
-            for line in row.lines:
-                f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            bad = [Quarantined(row.file, row.row, line["error"]) for line in row.lines if "error" in line]
-            good, scores = good + (len(bad) < len(row.lines)), scores + len(row.lines) - len(bad)
-            errors += bad
-    return good, scores, errors
 
 
 def _bar(name: str, console: Console) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from mmrm_jax import __version__
 from mmrm_jax.cli_args import (
     AblateArgs,
     AuditArgs,
+    BenchArgs,
     BestOfNArgs,
     EvaluateArgs,
     ExportArgs,
@@ -149,6 +150,25 @@ def audit(argv: Sequence[str], console: Console) -> dict[str, Any]:
     return _written(args.json, run_audit(args.data, args.out, args.image_root, console, _command("audit", argv)))
 
 
+def bench(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See BenchArgs."""
+    from mmrm_jax.bench.run import bench as run_bench
+
+    args = _parse("bench", BenchArgs, argv)
+    found = run_bench(
+        args.model,
+        args.data,
+        args.out,
+        name=args.name,
+        trained_on=args.trained_on,
+        image_root=args.image_root,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        console=console,
+    )
+    return _written(args.json, found)
+
+
 def inspect(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See InspectArgs."""
     from mmrm_jax.eval.inspect import inspect_checkpoint, print_description
@@ -234,6 +254,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "train": (train, "train one reward model"),
     "evaluate": (evaluate, "evaluate a trained run on a preference file"),
     "audit": (audit, "how far preference data can be solved without its images"),
+    "bench": (bench, "public reward benchmarks from local files, with their own metrics"),
     "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
     "score": (score, "rewards of every response in a file"),
     "best-of-n": (best_of_n, "the favourites among scored responses, and what best-of-n costs and is worth"),

@@ -193,6 +193,37 @@ class AuditArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchArgs:
+    """Score a public reward benchmark from its own file, with its own metrics and baselines beside the model.
+
+    VL-RewardBench (vl-rewardbench), Multimodal RewardBench (multimodal-rewardbench) and MM-RLHF-RewardBench
+    (mm-rlhf-rewardbench), as Parquet or JSON lines, told from their fields. Nothing is downloaded. Beside the model
+    stand the longer answer and, of a folder that `mmrm export --proxy` wrote, text alone.
+
+    Attributes:
+        data: The benchmark's file.
+        model: Checkpoint folder of a reward model.
+        name: Which benchmark it is, where its fields do not say so.
+        trained_on: Preference files that the model was trained on: how much of the benchmark they hold.
+        out: Directory of pairs.jsonl, each pair's margins, and quarantine.jsonl.
+        image_root: Folder that image paths are relative to; None takes the data file's.
+        dtype: Of activations and matrix products; the head and the rewards are float32.
+        batch_size: Pairs a step; rounded up to a multiple of the devices.
+        json: Also write metrics and overlap to this file.
+    """
+
+    data: Annotated[Path, tyro.conf.Positional]
+    model: Path
+    name: str | None = None
+    trained_on: tuple[str, ...] = ()
+    out: Path = Path("runs/bench")
+    image_root: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class InspectArgs:
     """Say what a checkpoint folder is: family, sizes, parameters, tokenizer, preprocessing, and what is missing.
 

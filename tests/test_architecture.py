@@ -21,7 +21,7 @@ LAYERS = (
     ("train",),
     ("tiny", "plan"),
     ("eval",),
-    ("serve", "audit", "ablate"),
+    ("serve", "audit", "ablate", "bench"),
     ("cli_args",),
     ("cli", "__main__"),
 )

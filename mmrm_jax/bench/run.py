@@ -1,0 +1,203 @@
+"""`mmrm bench`: a model and its baselines on a benchmark, and what of it the model has been trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mmrm_jax.bench.metrics import OVERALL, length_margins, metric_rows
+from mmrm_jax.bench.readers import Benchmark, Item, read_benchmark
+from mmrm_jax.config import MeshConfig
+from mmrm_jax.data.pipeline import buckets_for, index_source
+from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
+from mmrm_jax.data.sources import MemorySource, connected, image_identities
+from mmrm_jax.eval.score import VIEWS, Scored, score_source
+from mmrm_jax.eval.scorer import Scorer, open_scorer, with_proxy
+from mmrm_jax.eval.summary import between, percent
+from mmrm_jax.sharding import make_mesh, whole_batch
+from mmrm_jax.train.setup import open_spec
+from mmrm_jax.types import Quarantined
+
+LONGER = "longer answer"
+
+
+def bench(
+    model: Path,
+    data: Path,
+    out: Path,
+    *,
+    name: str | None,
+    trained_on: Sequence[str],
+    image_root: Path | None,
+    dtype: Literal["float32", "bfloat16"],
+    batch_size: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Score every pair, print the benchmark's metrics, and write `pairs.jsonl` and `quarantine.jsonl` into `out`.
+
+    Beside the model are the longer answer and, where the checkpoint folder holds a proxy, text alone. With preference
+    files in `trained_on` it is said how many pairs have an image or an answer in common with them, and how the model
+    does on the others. Raises DataError where the benchmark cannot be read, ValueError where the model cannot.
+    """
+    benchmark, items, left_out = read_benchmark(data, image_root, name)
+    scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
+    items, margins, unread = scored_pairs(items, scorer, whole_batch(batch_size, scorer.mesh), console)
+    left_out += unread
+    out.mkdir(parents=True, exist_ok=True)
+    write_quarantine(out / "quarantine.jsonl", left_out)
+    if not items:
+        raise_first(left_out)
+    judges = {"model": margins}
+    if (text := text_margins(scorer, items)) is not None:
+        judges["text only (proxy)"] = text
+    judges[LONGER] = length_margins([_texts(item) for item in items])
+    known = _identities(items)
+    clusters = np.unique(connected(known), return_inverse=True)[1]
+    categories, questions = [i.category for i in items], [i.question for i in items]
+    rows = metric_rows(judges, categories, questions, clusters, by_question=benchmark.by_question)
+    seen = overlap(items, known, trained_on, image_root) if trained_on else None
+    _write_pairs(out / "pairs.jsonl", items, judges, seen)
+    console.print(_table(benchmark, rows))
+    console.print(benchmark.note, soft_wrap=True)
+    if left_out:
+        console.print(summarise_quarantine(left_out, f"left out of {data}"))
+    result = {"benchmark": benchmark.key, "pairs": len(items), "left_out": len(left_out), "rows": rows}
+    if seen is not None:
+        result["overlap"] = _overlap_result(seen, judges, categories, questions, clusters)
+        console.print(_overlap_sentence(result["overlap"], trained_on), soft_wrap=True)
+    return result | {"note": benchmark.note}
+
+
+def scored_pairs(
+    items: Sequence[Item], scorer: Scorer, batch_size: int, console: Console
+) -> tuple[list[Item], np.ndarray, list[Quarantined]]:
+    """(pairs that could be scored, the model's margin for the better answer of each, the others)."""
+    source = MemorySource(tuple(item.group for item in items))
+    data, unfit = index_source(source, scorer.checkpoint.processor, VIEWS, cache=False)
+    kept: list[Item] = []
+    margins: list[float] = []
+    if len(data):
+        found = score_source(data, scorer, range(len(data)), batch_size=batch_size, buckets=buckets_for([data], 4))
+        bar = track(found, "scoring", total=len(data), console=console, transient=True, disable=not console.is_terminal)
+        for place, scored in zip(data.kept, bar, strict=True):
+            if isinstance(scored.found, str):
+                unfit.append(_problem(scored))
+                continue
+            (comparison,) = scored.group.comparisons
+            kept.append(items[place])
+            margins.append(float(scored.found[comparison.winner] - scored.found[comparison.loser]))
+    return kept, np.asarray(margins, np.float64), unfit
+
+
+def _problem(scored: Scored) -> Quarantined:
+    group = scored.group
+    return Quarantined(group.file, group.row, str(scored.found), group.id)
+
+
+def text_margins(scorer: Scorer, items: Sequence[Item]) -> np.ndarray | None:
+    """The margins of the proxy in the model's folder; None where there is none."""
+    try:
+        beside = with_proxy(scorer)
+    except ValueError:
+        return None
+    asked = [(list(item.group.images) or None, item.group.prompt, item.group.responses) for item in items]
+    rewards = beside.score_many(asked, "proxy")
+    pairs = (item.group.comparisons[0] for item in items)
+    return np.asarray([float(r[c.winner] - r[c.loser]) for r, c in zip(rewards, pairs, strict=True)], np.float64)
+
+
+def overlap(
+    items: Sequence[Item], known: Sequence[Sequence[str]], trained_on: Sequence[str], image_root: Path | None
+) -> list[dict[str, bool]]:
+    """For each pair whether the training files show one of its images, and whether they hold one of its answers."""
+    images: set[str] = set()
+    answers: set[str] = set()
+    hashes: dict[Path, str] = {}
+    for spec in trained_on:
+        source, _ = open_spec(spec, Path(), image_root)
+        for i in range(len(source)):
+            group = source[i]
+            answers |= set(group.responses)
+            try:
+                images |= set(image_identities(group, hashes))
+            except DataError:  # training left it out, too
+                continue
+    return [
+        {"image": not images.isdisjoint(names), "answer": not answers.isdisjoint(item.group.responses)}
+        for item, names in zip(items, known, strict=True)
+    ]
+
+
+def _identities(items: Sequence[Item]) -> list[list[str]]:
+    hashes: dict[Path, str] = {}
+    return [image_identities(item.group, hashes) for item in items]
+
+
+def _texts(item: Item) -> tuple[str, str]:
+    (comparison,) = item.group.comparisons
+    return item.group.responses[comparison.winner], item.group.responses[comparison.loser]
+
+
+def _write_pairs(
+    file: Path, items: Sequence[Item], judges: dict[str, np.ndarray], seen: list[dict[str, bool]] | None
+) -> None:
+    with file.open("w", encoding="utf-8") as f:
+        for i, item in enumerate(items):
+            group = item.group
+            line: dict[str, Any] = {"id": group.id, "row": group.row, "category": item.category}
+            line |= {"margins": {judge: float(margins[i]) for judge, margins in judges.items()}}
+            line |= {} if seen is None else {"seen": seen[i]}
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _table(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"{benchmark.title}: accuracy in %, with 95 % intervals", title_justify="left")
+    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    for heading in ("", "n", *judges):
+        table.add_column(heading, justify="right" if heading else "left")
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        of = [row for row in rows if row["metric"] == metric]
+        bounds = (between(row["low"], row["high"], percent) for row in of)
+        cells = (f"{percent(row['accuracy'])}" + (f" ({b})" if b else "") for row, b in zip(of, bounds, strict=True))
+        table.add_row(metric, str(of[0]["n"]), *cells)
+    return table
+
+
+def _overlap_result(
+    seen: list[dict[str, bool]],
+    judges: dict[str, np.ndarray],
+    categories: Sequence[str],
+    questions: Sequence[str],
+    clusters: np.ndarray,
+) -> dict[str, Any]:
+    """How many pairs were seen, and each judge's accuracy on those whose image and answers were not."""
+    fresh = np.asarray([not any(each.values()) for each in seen])
+    counts = {f"with a seen {what}": sum(each[what] for each in seen) for what in ("image", "answer")}
+    if not fresh.any():
+        return counts | {"fresh": 0, "rows": []}
+    chosen = np.flatnonzero(fresh).tolist()
+    rows = metric_rows(
+        {judge: margins[chosen] for judge, margins in judges.items()},
+        [categories[i] for i in chosen],
+        [questions[i] for i in chosen],
+        clusters[chosen],
+        by_question=False,
+    )
+    return counts | {"fresh": int(fresh.sum()), "rows": [row for row in rows if row["metric"] == OVERALL]}
+
+
+def _overlap_sentence(found: dict[str, Any], trained_on: Sequence[str]) -> str:
+    images, answers = found["with a seen image"], found["with a seen answer"]
+    said = f"{images} pairs show an image of {', '.join(trained_on)}, {answers} hold an answer of theirs"
+    if not found["rows"]:
+        return said + "; none is without"
+    row = found["rows"][0]
+    bounds = between(row["low"], row["high"], percent)
+    return f"{said}; on the {found['fresh']} without, the model's accuracy is {percent(row['accuracy'])} ({bounds})"

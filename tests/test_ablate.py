@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import weakref
 
 import numpy as np
 import pytest
-from commands import run, write_pairs
+from commands import FAST, run, write_pairs
 
 from mmrm_jax.ablate.grid import points, with_field
 from mmrm_jax.ablate.statistics import holm
 from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, table_rows, terminal_table
 from mmrm_jax.config import AblateConfig, ShapesConfig
+from mmrm_jax.eval import matrix
 from mmrm_jax.eval.matrix import forward_passes
+from mmrm_jax.train.program import build_program
 
 
 def test_every_combination_is_a_point() -> None:
@@ -89,6 +92,40 @@ def test_one_table_in_four_forms() -> None:
     assert float(back[1]["ood_change"]) == pytest.approx(0.1) and back[0]["ood_change"] == ""
     assert float(back[1]["ood_p"]) == 0.01 and float(back[1]["cost"]) == 1.5
     assert terminal_table(rows, "").row_count == 2 and terminal_table(rows, "other").row_count == 0
+
+
+def test_programs_that_are_no_longer_used_are_forgotten(capsys, monkeypatch, tmp_path) -> None:
+    """A process may have 65,530 memory mappings, and a compiled program takes thousands."""
+    built: list[str] = []
+    programs: list[weakref.ref] = []
+
+    def build(model, config, steps):
+        program = build_program(model, config, steps)
+        if steps > 1:  # not the ones that only check the set-up
+            built.append(config.objective)
+            programs.append(weakref.ref(program))
+            assert sum(each() is not None for each in programs) <= 2  # this one, and the one that it takes the place of
+        return program
+
+    monkeypatch.setattr(matrix, "PROGRAMS", 1)
+    monkeypatch.setattr(matrix, "build_program", build)
+    for name in ("a", "ta"):
+        write_pairs(tmp_path, name, 8)
+    command = ["matrix", "--env", "A=a.jsonl,ta.jsonl", "--root", tmp_path, "--out", tmp_path / "out", *FAST]
+    command += [
+        "--train.steps",
+        2,
+        "--train.data.buckets",
+        1,
+        "--seeds",
+        2,
+        "--objectives",
+        "standard",
+        "focal",
+        "odin",
+    ]
+    status, text = run(capsys, *command)
+    assert status == 0 and built == ["standard", "focal", "odin"] * 2, text
 
 
 def test_a_small_ablation_and_again(capsys, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ from mmrm_jax.types import Quarantined
 PATHS = ("model", "image_root")  # settings of a matrix that are a run's too
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
 TEXT_MODELS = ("text_only", "shortcut_aware")  # objectives that train one, the first of them that is there
+PROGRAMS = 8  # that stay compiled
 # Settings that a finished cell does not depend on.
 FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
 
@@ -224,14 +226,18 @@ def run_cells(
     console: Console,
     after_cell: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the cells that are not finished yet, with progress; compilations are shared where steps are equal."""
-    programs: dict[tuple[str, int], Program] = {}
+    """Run the cells that are not finished yet, with progress; compilations are shared where steps are equal.
+
+    XLA maps every compiled loop into memory on its own, thousands of them a program, and Linux gives a process 65,530
+    mappings: so a matrix of many objectives forgets the programs that it has not used for longest.
+    """
+
+    @functools.lru_cache(PROGRAMS)
+    def program(objective: str, steps: int) -> Program:
+        return build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), steps)
 
     def build(settings: TrainConfig, steps: int) -> Program:
-        key = (settings.objective, steps)
-        if key not in programs:
-            programs[key] = build_program(checkpoint.config, settings, steps)
-        return programs[key]
+        return program(settings.objective, steps)
 
     running = Running(console)
     with make_progress(console, TableProgress) as progress:
@@ -248,6 +254,7 @@ def run_cells(
             found = accuracies(read_cell(folder, cell).evaluations, branch, cell.train, data.iid)
             running.add(cell.objective, cell.name, found)
             progress.advance(overall)
+            gc.collect()  # programs that are forgotten hold on to one another
             after_cell()
 
 

@@ -31,6 +31,7 @@ from mmrm_jax.cli_args import (
     QuickstartArgs,
     QuickstartRun,
     ScoreArgs,
+    ServeArgs,
     TrainArgs,
 )
 from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, TrainConfig
@@ -221,6 +222,27 @@ def best_of_n(argv: Sequence[str], console: Console) -> dict[str, Any]:
     return _written(args.json, found)
 
 
+def serve(argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """See ServeArgs."""
+    args = _parse("serve", ServeArgs, argv)
+    if importlib.util.find_spec("fastapi") is None:
+        raise ValueError("mmrm serve needs FastAPI and uvicorn: pip install 'mmrm-jax[serve]'")
+    from mmrm_jax.serve.run import serve as run_server
+
+    run_server(
+        args.model,
+        name=args.name,
+        host=args.host,
+        port=args.port,
+        token_file=args.token_file,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        limits=args.limits,
+        console=console,
+    )
+    return {}
+
+
 def export(argv: Sequence[str], console: Console) -> dict[str, Any]:
     """See ExportArgs."""
     from mmrm_jax.eval.export import export_run
@@ -257,6 +279,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], Console], dict[str, Any]], st
     "bench": (bench, "public reward benchmarks from local files, with their own metrics"),
     "inspect": (inspect, "what a checkpoint folder is, and what is missing"),
     "score": (score, "rewards of every response in a file"),
+    "serve": (serve, "rewards over HTTP: native, OpenRLHF's and vLLM's shapes, and a page to try it"),
     "best-of-n": (best_of_n, "the favourites among scored responses, and what best-of-n costs and is worth"),
     "export": (export, "a trained run as a checkpoint folder in the Hugging Face layout"),
     "plan": (plan, "memory, FLOPs, collectives and step time on hardware that is not at hand"),

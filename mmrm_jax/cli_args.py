@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mmrm_jax.config import AblateConfig, MatrixConfig, TrainConfig
+from mmrm_jax.serve.settings import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +302,36 @@ class BestOfNArgs:
     gold_scores: Path | None = None
     plot: Path | None = None
     json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeArgs:
+    """Serve a reward model over HTTP, for RL trainers, rerankers and people (extra `serve`).
+
+    POST /v1/score takes a prompt, images as data URLs, and responses; /v1/score/upload images as files; /get_reward is
+    OpenRLHF's remote reward model, /classify, /pooling and /v1/rerank are vLLM's. The page at / is for trying, /docs
+    has all of it, /metrics is for Prometheus, /ready is 200 once common shapes are compiled. Nothing is fetched, and no
+    file of the server is read on a client's word. SIGTERM answers what is under way, and ends.
+
+    Attributes:
+        model: Checkpoint folder of a reward model; with a proxy in it (mmrm export --proxy) that is served, too.
+        name: What answers call the model; None takes the folder's name.
+        host: Address to listen on; 0.0.0.0 is every one of this machine.
+        port: Port to listen on.
+        token_file: File with a token that clients must send, as Authorization: Bearer TOKEN.
+        dtype: Of activations and matrix products; the head and the rewards are float32.
+        batch_size: Most groups of up to 64 responses that run together; rounded up to a multiple of the devices.
+        limits: What a request may hold and how long it may take.
+    """
+
+    model: Path
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_file: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
 
 @dataclasses.dataclass(frozen=True)

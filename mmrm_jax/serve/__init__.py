@@ -1,0 +1,1 @@
+"""`mmrm serve`: rewards over HTTP, batched onto the compiled shapes of `mmrm_jax.load`."""

@@ -1,0 +1,129 @@
+"""Requests of every shape as the one that is scored: an image list, a prompt, responses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mmrm_jax.data.templates import IMAGE_PLACEHOLDER, IMAGE_START, Template, spell
+from mmrm_jax.serve.pictures import from_data_url
+from mmrm_jax.serve.schemas import ClassifyRequest, Content, Message, OpenRlhfRequest, Part, RerankRequest, ScoreRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One prompt with its images, as encoded bytes, and the responses to it."""
+
+    images: tuple[bytes, ...]
+    prompt: str
+    responses: tuple[str, ...]
+
+
+def of_score(request: ScoreRequest) -> Ask:
+    """Of this server's own shape. Raises ImageError for what is no data URL."""
+    images = tuple(from_data_url(url, f"images[{i}]") for i, url in enumerate(request.images))
+    return Ask(images, request.prompt, tuple(request.responses))
+
+
+def of_open_rlhf(request: OpenRlhfRequest, template: Template) -> list[Ask]:
+    """Of each query: what the chat template made of a prompt and a response, or a text that begins with its prompt.
+
+    Raises ValueError naming the query that is neither, and where `prompts` or `images` are not as many.
+    """
+    for name in ("prompts", "images"):
+        given = getattr(request, name)
+        if given is not None and len(given) != len(request.query):
+            raise ValueError(f"{name} has {len(given)} entries for {len(request.query)} queries")
+    asks = []
+    for i, query in enumerate(request.query):
+        shown = request.images[i] if request.images is not None else None
+        urls = [] if shown is None else [shown] if isinstance(shown, str) else shown
+        images = tuple(from_data_url(url, f"images[{i}]") for url in urls)
+        asks.append(Ask(images, *_of_query(query, request.prompts[i] if request.prompts else None, template, i)))
+    return asks
+
+
+def _of_query(query: str, prompt: str | None, template: Template, i: int) -> tuple[str, tuple[str, ...]]:
+    if (found := rendered(query, template)) is not None:
+        return found[0], (found[1],)
+    if prompt is not None and query.startswith(prompt):
+        return prompt, (query[len(prompt) :],)
+    raise ValueError(
+        f"query[{i}] is neither a conversation as the model's chat template renders it nor prompts[{i}] with a "
+        "response behind it"
+    )
+
+
+def rendered(text: str, template: Template) -> tuple[str, str] | None:
+    """(prompt, response) of a conversation that `template` spells like this, without images; None of another text."""
+    before, between, after = (
+        spell(pieces) for pieces in (template.before_prompt, template.before_response, template.after_response)
+    )
+    if not text.startswith(before) or IMAGE_START in text:
+        return None
+    head, found, response = text[len(before) :].rpartition(between)
+    if not found:
+        return None
+    return head, response.removesuffix(after) if after else response
+
+
+def of_classify(request: ClassifyRequest, template: Template) -> list[Ask]:
+    """Of messages, or of each text of `input`. Raises ValueError for neither, both, or what is no conversation."""
+    if (request.messages is None) == (request.input is None):
+        raise ValueError("give either messages or input")
+    if request.messages is not None:
+        return [of_messages(request.messages)]
+    assert request.input is not None
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    if not texts:
+        raise ValueError("input is an empty list")
+    asks = []
+    for i, text in enumerate(texts):
+        if (found := rendered(text, template)) is None:
+            raise ValueError(
+                f"input[{i}] is no conversation of one turn as the model's chat template renders it; "
+                "send messages instead"
+            )
+        asks.append(Ask((), found[0], (found[1],)))
+    return asks
+
+
+def of_messages(messages: Sequence[Message]) -> Ask:
+    """Of a user's message and the assistant's after it; a system message before them is refused, as longer talks are.
+
+    Raises ValueError where they are not these two.
+    """
+    if [message.role for message in messages] != ["user", "assistant"]:
+        roles = ", ".join(message.role for message in messages) or "none"
+        raise ValueError(f"messages are of {roles}; the model scores one user message and the assistant's answer to it")
+    images, prompt = of_parts(messages[0].content, "messages[0]")
+    shown, response = of_parts(messages[1].content, "messages[1]")
+    if shown:
+        raise ValueError("messages[1] has an image; only the prompt may have one")
+    return Ask(images, prompt, (response,))
+
+
+def of_parts(content: str | Sequence[Part], name: str) -> tuple[tuple[bytes, ...], str]:
+    """(images, text with <image> at their places) of a message's content."""
+    if isinstance(content, str):
+        return (), content
+    images: list[bytes] = []
+    text: list[str] = []
+    for i, part in enumerate(content):
+        if part.type == "image_url":
+            if part.image_url is None:
+                raise ValueError(f"{name}.content[{i}] has no image_url")
+            images.append(from_data_url(part.image_url.url, f"{name}.content[{i}].image_url.url"))
+            text.append(IMAGE_PLACEHOLDER)
+        elif part.text is None:
+            raise ValueError(f"{name}.content[{i}] has no text")
+        else:
+            text.append(part.text)
+    return tuple(images), "\n".join(text)
+
+
+def of_rerank(request: RerankRequest) -> Ask:
+    """The query as prompt, the documents as responses."""
+    content = request.query.content if isinstance(request.query, Content) else request.query
+    images, prompt = of_parts(content, "query")
+    return Ask(images, prompt, tuple(request.documents))

@@ -1,0 +1,111 @@
+"""Asks to rewards: checked, encoded on threads, batched, and waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mmrm_jax.data.batching import EncodedGroup
+from mmrm_jax.eval.scorer import Branch, Scorer
+from mmrm_jax.serve.asks import Ask
+from mmrm_jax.serve.batcher import Batcher
+from mmrm_jax.serve.metrics import Metrics
+from mmrm_jax.serve.pictures import Tiles
+from mmrm_jax.serve.settings import Limits
+
+THREADS = 4  # that decode images and tokenise
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The rewards of an ask, those of the proxy where they were asked for, and how many tokens were scored."""
+
+    rewards: list[float]
+    proxy: list[float] | None
+    prompt_tokens: int
+    tokens: int
+
+
+class Engine:
+    """One model behind its batcher."""
+
+    def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics):
+        self.scorer, self.limits, self.metrics = scorer, limits, metrics
+        self.batcher = Batcher(scorer, queue=limits.queue, on_batch=metrics.on_batch)
+        self.tiles = Tiles(scorer.checkpoint.processor, limits.pixels)
+        self.pool = ThreadPoolExecutor(THREADS, "encoder")
+        metrics.waiting.set_function(lambda: len(self.batcher))
+        metrics.image_hits.set_function(lambda: self.tiles.hits)
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether the model's folder holds a proxy."""
+        return "proxy" in self.scorer.views
+
+    async def score(self, asks: Sequence[Ask], *, proxy: bool = False) -> list[Found]:
+        """The rewards of each ask, in order.
+
+        Raises ValueError where something cannot be scored, QueueFullError where too much waits, TimeoutError where it
+        took too long.
+        """
+        self._check(asks)
+        if proxy and not self.has_proxy:
+            raise ValueError("proxy: this model's folder holds no proxy; mmrm export --proxy writes one")
+        loop = asyncio.get_running_loop()
+        encoded = [await loop.run_in_executor(self.pool, self._encode, ask, proxy) for ask in asks]
+        groups = [group for parts in encoded for group in parts]
+        branches: tuple[Branch, ...] = ("primary", "proxy") if proxy else ("primary",)
+        waiting = [self.batcher.submit(groups, branch) for branch in branches]
+        futures = [asyncio.wrap_future(future) for of_branch in waiting for future in of_branch]
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                rewards = await asyncio.gather(*futures)
+        finally:
+            for future in futures:
+                future.cancel()
+        self.metrics.responses.inc(sum(len(ask.responses) for ask in asks))
+        by_branch = [rewards[: len(groups)], rewards[len(groups) :]]
+        return [self._found(parts, by_branch, proxy) for parts in _slices(encoded)]
+
+    def _found(self, place: tuple[slice, list[EncodedGroup]], by_branch: list[list], proxy: bool) -> Found:
+        where, parts = place
+        primary, text = (np.concatenate(rows[where]).tolist() if rows else None for rows in by_branch)
+        assert primary is not None
+        if not np.all(np.isfinite(primary)):
+            raise RuntimeError("the model gives rewards that are not finite; are its weights finite?")
+        prompt = len(parts[0].prefixes["primary"].tokens)
+        responses = sum(len(tokens) for group in parts for tokens in group.responses)
+        return Found(primary, text if proxy else None, prompt, prompt + responses)
+
+    def _check(self, asks: Sequence[Ask]) -> None:
+        """Raises ValueError where a request holds more than is allowed."""
+        limits = self.limits
+        counts = {
+            "responses": sum(len(ask.responses) for ask in asks),
+            "images": sum(len(ask.images) for ask in asks),
+            "characters": sum(len(text) for ask in asks for text in (ask.prompt, *ask.responses)),
+        }
+        for name, count in counts.items():
+            if count > (most := getattr(limits, name)):
+                raise ValueError(f"the request has {count} {name}; at most {most} are allowed")
+
+    def _encode(self, ask: Ask, proxy: bool) -> list[EncodedGroup]:
+        tiles = [self.tiles.of(image) for image in ask.images]
+        return self.scorer.encode(tiles, ask.prompt, ask.responses, proxy=proxy)
+
+    def close(self) -> None:
+        """Score what waits, and end the threads."""
+        self.batcher.close()
+        self.pool.shutdown()
+
+
+def _slices(encoded: Sequence[list[EncodedGroup]]) -> list[tuple[slice, list[EncodedGroup]]]:
+    found, start = [], 0
+    for parts in encoded:
+        found.append((slice(start, start + len(parts)), parts))
+        start += len(parts)
+    return found

@@ -1,0 +1,62 @@
+"""Images as requests carry them, and their tiles, kept for the next request that shows the same."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from mmrm_jax.data.images import ImageError, load_image, tile_image
+from mmrm_jax.data.processor import Processor
+
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+def from_data_url(url: str, name: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`. Raises ImageError for any other URL, a path, or broken base64.
+
+    Nothing is fetched and no file is read on a client's word.
+    """
+    head = _DATA_URL.match(url[:100])
+    if head is None:
+        raise ImageError(
+            f"{name} is {url[:40]!r}; an image must be a data URL, data:image/png;base64,...: nothing is fetched, and "
+            "no file of the server is read"
+        )
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{name} is not valid base64: {error}") from error
+
+
+class Tiles:
+    """The tiles of images by their bytes; the least recently used are forgotten beyond `capacity` bytes."""
+
+    def __init__(self, processor: Processor, max_pixels: int, capacity: int = 2**28):
+        self.processor, self.max_pixels, self.capacity = processor, max_pixels, capacity
+        self.hits = 0
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def of(self, image: bytes) -> np.ndarray:
+        """Tiles uint8 [T, S, S, 3]. Raises ImageError where the bytes are no image, or one of too many pixels."""
+        digest = hashlib.sha256(image).digest()
+        with self._lock:
+            if digest in self._kept:
+                self._kept.move_to_end(digest)
+                self.hits += 1
+                return self._kept[digest]
+        tiles = tile_image(load_image(image, self.max_pixels), self.processor.preprocessing)
+        with self._lock:
+            if digest not in self._kept:
+                self._kept[digest] = tiles
+                self._size += tiles.nbytes
+            while self._size > self.capacity and len(self._kept) > 1:
+                self._size -= self._kept.popitem(last=False)[1].nbytes
+        return tiles

@@ -1,0 +1,63 @@
+"""`mmrm serve`: load, listen, drain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import uvicorn
+from rich.console import Console
+
+from mmrm_jax.config import MeshConfig
+from mmrm_jax.eval.scorer import open_scorer, with_proxy
+from mmrm_jax.serve.app import make_app
+from mmrm_jax.serve.settings import Limits
+from mmrm_jax.sharding import make_mesh
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: Path,
+    *,
+    name: str | None,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    dtype: Literal["float32", "bfloat16"],
+    batch_size: int,
+    limits: Limits,
+    console: Console,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way are answered.
+
+    Raises ValueError where the folder is no reward model or the token is empty.
+    """
+    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    if token == "":
+        raise ValueError(f"{token_file} is empty; it must hold the token that clients are to send")
+    scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
+    try:
+        scorer = with_proxy(scorer)
+    except ValueError:
+        console.print("no proxy in the folder: only the model's own rewards are served")
+    if host not in LOCAL and token is None:
+        console.print(
+            f"{host} can be reached from other machines, and anyone may ask: give --token-file", style="yellow"
+        )
+    app = make_app(scorer, name or model.resolve().name, limits, token=token)
+    console.print(f"http://{host}:{port}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)
+    seconds = round(limits.seconds)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=seconds,
+        timeout_keep_alive=30,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    if not server.started:
+        raise ValueError(f"{host}:{port} cannot be listened on; is another server there?")

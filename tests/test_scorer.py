@@ -74,6 +74,20 @@ def test_an_image_may_have_any_form(rm, image):
     assert not np.allclose(rewards[0], rm.score(None, "What is it?", ["A pear.", "Noise."]), atol=1e-3)
 
 
+def test_features_in_place_of_tiles_give_the_same(rm, image):
+    tiles = rm.tiles(image)
+    found = rm.features(tiles)
+    assert found.shape[0] == len(tiles) and found.dtype == np.float32
+    many = np.concatenate([tiles] * 5)  # padded to six
+    np.testing.assert_allclose(rm.features(many)[-len(tiles) :], found, atol=CLOSE)
+    responses = ["A pear.", "Noise, as one can see in the picture."]
+    (group,) = rm.encode([found], "What is it?", responses)
+    (rewards,) = rm.rewards([group])
+    np.testing.assert_allclose(rewards, rm.score(image, "What is it?", responses), atol=CLOSE)
+    two = rm.rewards(rm.encode([found, rm.features(tiles)], "<image> or <image>?", responses))[0]
+    np.testing.assert_allclose(two, rm.score([image, image], "<image> or <image>?", responses), atol=CLOSE)
+
+
 def test_many_responses_are_split_and_keep_their_order(rm, image):
     responses = [f"It is {i} of {i * i}." for i in range(70)]
     rewards = rm.score(image, "How many?", responses)

@@ -390,7 +390,8 @@ def test_the_page_ranks_responses_in_a_browser(server: Running, rm: Scorer, tmp_
             area.fill(text)
 
         def shown() -> list[tuple[str, ...]]:
-            page.click("#go")
+            with page.expect_response("**/v1/score", timeout=120_000):
+                page.click("#go")
             page.wait_for_selector("#go:not([disabled])")
             rows = page.query_selector_all("#ranking tbody tr")
             return [tuple(cell.inner_text().strip() for cell in row.query_selector_all("td")) for row in rows]

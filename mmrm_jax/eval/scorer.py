@@ -9,6 +9,7 @@ compiled for a few; image and prompt run through it once, however many responses
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -31,6 +32,7 @@ from mmrm_jax.data.ladder import Ladder, step_up
 from mmrm_jax.models.hf.names import PROXY_PREFIX
 from mmrm_jax.models.hf.tensors import open_tensors
 from mmrm_jax.models.hf.weights import load_params
+from mmrm_jax.models.internvl import tile_features
 from mmrm_jax.sharding import make_mesh, put_batch, whole_batch
 from mmrm_jax.train.setup import Checkpoint, initial_params, open_checkpoint
 from mmrm_jax.train.state import abstract_model, place_abstract
@@ -87,6 +89,7 @@ class Scorer:
         most = images.max_tiles + (images.use_thumbnail and images.max_tiles > 1) if images.dynamic else 1
         self.ladder = Ladder(checkpoint.processor.max_length, most, images.image_size)
         self._steps = {branch: make_score_step(checkpoint.config, dtype, branch) for branch in views}
+        self._tower = make_tower_step(checkpoint.config, dtype)
 
     def score(self, image: Pictures, prompt: str, responses: Sequence[str]) -> Rewards:
         """The rewards of responses to one prompt and its image, or several images, or none: float32, [N].
@@ -118,10 +121,19 @@ class Scorer:
             return tile_image(_rgb(image), self.checkpoint.processor.preprocessing)
         return self.checkpoint.processor.tiles(Path(image) if isinstance(image, str) else image)
 
+    def features(self, tiles: UInt8[np.ndarray, "T S S 3"]) -> Float[np.ndarray, "T V I"]:
+        """What the vision tower makes of an image's tiles: `encode` takes them in their place, and the tower does not
+        run again for the same image."""
+        padded = np.zeros((step_up(len(tiles)), *tiles.shape[1:]), tiles.dtype)
+        padded[: len(tiles)] = tiles
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._tower(self.params["primary"], padded))[: len(tiles)]
+
     def encode(
         self, tiles: Sequence[np.ndarray], prompt: str, responses: Sequence[str], *, proxy: bool = False
     ) -> list[EncodedGroup]:
-        """A request as groups of up to `ladder.responses` responses each; `tiles` are those of each of its images.
+        """A request as groups of up to `ladder.responses` responses each; `tiles` are those of each of its images,
+        or what `features` made of them.
 
         Raises RowError or TextError where a text cannot be scored.
         """
@@ -148,7 +160,7 @@ class Scorer:
     def rewards(self, groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Rewards]:
         """The rewards of one batch of groups of one shape, at most `batch_size` of them."""
         shape = self.ladder.shape(groups[0].shape)
-        found = self.run(self._batch(groups, shape, len(groups)), branch)
+        found = self.run(self._batch(groups, shape, branch), branch)
         return [row[: len(group.responses)] for row, group in zip(found, groups, strict=False)]
 
     def run(self, batch: Batch, branch: Branch = "primary") -> Float[np.ndarray, "G N"]:
@@ -172,10 +184,17 @@ class Scorer:
         ordered = (rewards[i] for i in range(len(groups)))
         return [np.concatenate([next(ordered) for _ in parts]) for parts in asked]
 
-    def _batch(self, groups: Sequence[EncodedGroup], shape: BatchShape, count: int) -> Batch:
-        size = min(whole_batch(step_up(count), self.mesh), self.batch_size)
-        views = {branch: self.views[branch] for branch in shape.prefixes}
-        batch = collate(groups, self.ladder.buckets(shape), num_groups=size, micro_batches=1, views=views)
+    def _batch(self, groups: Sequence[EncodedGroup], shape: BatchShape, branch: Branch) -> Batch:
+        """A padded batch of what one branch sees of these groups."""
+        size = min(whole_batch(step_up(len(groups)), self.mesh), self.batch_size)
+        shape = dataclasses.replace(shape, prefixes={branch: shape.prefixes[branch]})
+        view = self.views[branch]
+        # Padding has the form of tiles: pixels, or features. The blank tile of a text-only input is always pixels.
+        tiles = next((group.tiles for group in groups if group.tiles is not None), None)
+        like = None if view == "blank" or tiles is None else np.zeros_like(tiles[:1])
+        batch = collate(
+            groups, self.ladder.buckets(shape), num_groups=size, micro_batches=1, views={branch: view}, blank=like
+        )
         return jax.tree.map(lambda x: x[0], batch)
 
 
@@ -189,6 +208,17 @@ def make_score_step(
     def step(params: nnx.State, batch: Batch) -> jax.Array:
         prefix = batch.prefixes[branch]
         return nnx.merge(graphdef, params).rewards(prefix, batch.responses, jnp.dtype(dtype))
+
+    return step
+
+
+def make_tower_step(model: ModelConfig, dtype: Dtype) -> Callable[[nnx.State, np.ndarray], jax.Array]:
+    """`step(params, tiles [T, S, S, 3]) -> features [T, V, I]`, compiled."""
+    graphdef, _ = abstract_model(model)
+
+    @jax.jit
+    def step(params: nnx.State, tiles: jax.Array) -> jax.Array:
+        return tile_features(nnx.merge(graphdef, params).vision, tiles, model, jnp.dtype(dtype))
 
     return step
 

@@ -200,8 +200,8 @@ def _warm(scorer: Scorer, ready: threading.Event, metrics: Metrics, warm: bool) 
     """Compile what common requests run through: with and without an image, of one, two and four responses."""
     if warm:
         side = scorer.checkpoint.processor.preprocessing.image_size
-        tiles = np.full((1, side, side, 3), 255, np.uint8)
-        for shown in ([], [tiles]):
+        features = scorer.features(np.full((1, side, side, 3), 255, np.uint8))
+        for shown in ([], [features]):
             for responses in (1, 2, 4):
                 for branch in scorer.views:
                     groups = scorer.encode(shown, "What is this?", ["An answer."] * responses, proxy=branch == "proxy")

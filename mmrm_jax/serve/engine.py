@@ -14,7 +14,7 @@ from mmrm_jax.eval.scorer import Branch, Scorer
 from mmrm_jax.serve.asks import Ask
 from mmrm_jax.serve.batcher import Batcher
 from mmrm_jax.serve.metrics import Metrics
-from mmrm_jax.serve.pictures import Tiles
+from mmrm_jax.serve.pictures import Pictures
 from mmrm_jax.serve.settings import Limits
 
 THREADS = 4  # that decode images and tokenise
@@ -36,10 +36,10 @@ class Engine:
     def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics):
         self.scorer, self.limits, self.metrics = scorer, limits, metrics
         self.batcher = Batcher(scorer, queue=limits.queue, on_batch=metrics.on_batch)
-        self.tiles = Tiles(scorer.checkpoint.processor, limits.pixels)
+        self.pictures = Pictures(scorer, limits.pixels)
         self.pool = ThreadPoolExecutor(THREADS, "encoder")
         metrics.waiting.set_function(lambda: len(self.batcher))
-        metrics.image_hits.set_function(lambda: self.tiles.hits)
+        metrics.image_hits.set_function(lambda: self.pictures.hits)
 
     @property
     def has_proxy(self) -> bool:
@@ -94,8 +94,8 @@ class Engine:
                 raise ValueError(f"the request has {count} {name}; at most {most} are allowed")
 
     def _encode(self, ask: Ask, proxy: bool) -> list[EncodedGroup]:
-        tiles = [self.tiles.of(image) for image in ask.images]
-        return self.scorer.encode(tiles, ask.prompt, ask.responses, proxy=proxy)
+        features = [self.pictures.of(image) for image in ask.images]
+        return self.scorer.encode(features, ask.prompt, ask.responses, proxy=proxy)
 
     def close(self) -> None:
         """Score what waits, and end the threads."""

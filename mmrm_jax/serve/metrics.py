@@ -31,7 +31,7 @@ class Metrics:
         self.model_seconds = Counter("mmrm_model_seconds", "Time in which the model ran.", registry=registry)
         self.waiting = Gauge("mmrm_groups_waiting", "Groups that wait for the model.", registry=registry)
         self.ready = Gauge("mmrm_ready", "1 once the model is warm, 0 before and while stopping.", registry=registry)
-        self.image_hits = Gauge("mmrm_image_cache_hits", "Images whose tiles were known.", registry=registry)
+        self.image_hits = Gauge("mmrm_image_cache_hits", "Images whose features were known.", registry=registry)
 
     def on_batch(self, groups: int, seconds: float) -> None:
         """Of a batch that ran."""

@@ -1,4 +1,4 @@
-"""Images as requests carry them, and their tiles, kept for the next request that shows the same."""
+"""Images as requests carry them, and what the vision tower made of them, kept for the next request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections import OrderedDict
 import numpy as np
 
 from mmrm_jax.data.images import ImageError, load_image, tile_image
-from mmrm_jax.data.processor import Processor
+from mmrm_jax.eval.scorer import Scorer
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -34,29 +34,33 @@ def from_data_url(url: str, name: str) -> bytes:
         raise ImageError(f"{name} is not valid base64: {error}") from error
 
 
-class Tiles:
-    """The tiles of images by their bytes; the least recently used are forgotten beyond `capacity` bytes."""
+class Pictures:
+    """The vision tower's features of images by their bytes; the least recently used are forgotten beyond `capacity`.
 
-    def __init__(self, processor: Processor, max_pixels: int, capacity: int = 2**28):
-        self.processor, self.max_pixels, self.capacity = processor, max_pixels, capacity
+    Reward training asks about the same image again and again, and the tower is much of what an answer costs.
+    """
+
+    def __init__(self, scorer: Scorer, max_pixels: int, capacity: int = 2**30):
+        self.scorer, self.max_pixels, self.capacity = scorer, max_pixels, capacity  # in bytes
         self.hits = 0
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
     def of(self, image: bytes) -> np.ndarray:
-        """Tiles uint8 [T, S, S, 3]. Raises ImageError where the bytes are no image, or one of too many pixels."""
+        """Features [T, V, I]. Raises ImageError where the bytes are no image, or one of too many pixels."""
         digest = hashlib.sha256(image).digest()
         with self._lock:
             if digest in self._kept:
                 self._kept.move_to_end(digest)
                 self.hits += 1
                 return self._kept[digest]
-        tiles = tile_image(load_image(image, self.max_pixels), self.processor.preprocessing)
+        tiles = tile_image(load_image(image, self.max_pixels), self.scorer.checkpoint.processor.preprocessing)
+        features = self.scorer.features(tiles)
         with self._lock:
             if digest not in self._kept:
-                self._kept[digest] = tiles
-                self._size += tiles.nbytes
+                self._kept[digest] = features
+                self._size += features.nbytes
             while self._size > self.capacity and len(self._kept) > 1:
                 self._size -= self._kept.popitem(last=False)[1].nbytes
-        return tiles
+        return features

@@ -51,7 +51,7 @@ class OptimizerConfig:
             alike; "reference" what the paper's code does, where a proxy beside a primary is not decayed at all, and
             scales are decayed but for those of layer norms and of the RMS norms of Qwen and Llama decoders.
         proxy_rate: Learning rate of the proxy over that of the other branches.
-        head_start: Steps in which the proxy alone is updated.
+        head_start: Steps in which the proxy alone is updated, of objectives that have one.
     """
 
     learning_rate: float = 1e-5

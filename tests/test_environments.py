@@ -47,7 +47,7 @@ def test_environments_are_numbers_of_comparisons(two: Path) -> None:
     checkpoint = open_checkpoint(MODEL_DIR, config.data)
     views = {"primary": "multimodal"}
     data, _ = encode(source, checkpoint, views, config, name="both", console=Console(quiet=True))  # type: ignore[arg-type]
-    found = data.with_environments()
+    found = data.with_environments(data.environments())
     given = [found.encode(i).given["environment"].tolist() for i in range(len(found))]  # type: ignore[union-attr]
     assert given == [[1.0]] * 8 + [[0.0]] * 8
     assert found.only([15, 0]).encode(1).given["environment"].tolist() == [1.0]  # type: ignore[union-attr]
@@ -69,6 +69,14 @@ def test_training_across_environments(capsys, two: Path, objective: str) -> None
     assert status == 0, text
     lines = [json.loads(line) for line in (two / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_more_environments_than_are_told_apart_are_refused(capsys, two: Path) -> None:
+    write_pairs(two, "c", 8)
+    data = "+".join(str(two / f"{name}.jsonl") for name in "abc")
+    command = ["train", "--data", data, "--out", two / "run", "--objective", "group_dro:environments=2", *SMALL]
+    status, text = run(capsys, *command)
+    assert status == 2 and "tells 2 environments apart, and there are 3: a, b, c" in text.replace("\n", " "), text
 
 
 def test_a_caption_in_place_of_the_image(capsys, two: Path) -> None:

@@ -69,6 +69,16 @@ def test_the_proxy_has_a_rate_and_a_start_of_its_own() -> None:
         for branch in ("primary", "heads"):
             assert quick[step][branch] == plain[step][branch]
             assert first[step][branch] == (0.0 if step < 2 else plain[step][branch])
+    # Where there is no proxy nothing waits for one.
+    waiting = TrainConfig(optimizer=OptimizerConfig(learning_rate=0.1, warmup_fraction=0.0, head_start=2))
+    for objective, still in (("standard", False), ("text_only", False), ("shortcut_aware", True)):
+        optimizer = build_program(MODEL, dataclasses.replace(waiting, objective=objective), 10).optimizer
+        branch = "proxy" if objective == "text_only" else "primary"
+        params = {branch: nnx.State({"kernel": param([1.0])})}
+        state = optimizer.init(params)
+        for _ in range(2):  # the first has no rate yet
+            updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        assert (float(flat(updates[branch])["kernel"][0]) == 0) == still, objective
     with pytest.raises(ValueError, match="proxy_rate is 0; it must be above 0"):
         OptimizerConfig(proxy_rate=0)
     with pytest.raises(ValueError, match="head_start is -1; it must be at least 0"):

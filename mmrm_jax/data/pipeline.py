@@ -102,9 +102,12 @@ class EncodedSource:
         given = {name: [values[i] for i in indices] for name, values in self.given.items()}
         return dataclasses.replace(self, kept=kept, shapes=shapes, cache=cache, given=given)
 
-    def with_environments(self) -> EncodedSource:
-        """The same with the environment of each comparison in `given`, counted from 0 in the order of their names."""
-        names = [self.group(i).environment for i in range(len(self))]
+    def environments(self) -> list[str]:
+        """The environment of each group."""
+        return [self.group(i).environment for i in range(len(self))]
+
+    def with_environments(self, names: Sequence[str]) -> EncodedSource:
+        """The same with the number of each comparison's environment in `given`, from 0 in the order of their names."""
         number = {name: float(k) for k, name in enumerate(sorted(set(names)))}
         values = [np.full(s.comparisons, number[n], np.float32) for n, s in zip(names, self.shapes, strict=True)]
         return dataclasses.replace(self, given={**self.given, ENVIRONMENT: values})

@@ -141,7 +141,7 @@ class Objective:
         heads: Name -> K: linear maps [D, K], float32, trained beside the branches and left behind with the proxy; None
             is a K of D.
         state: What `Seen.state` is in the first step, where numbers are carried from step to step; then `couples`.
-        environments: Whether `terms` reads the environment of each comparison, in `Comparisons.given`, counted from 0.
+        environments: How many environments `terms` tells apart, by `Seen.environment`; 0 where it does not read them.
         couples: Whether a comparison's loss depends on others of the batch: then micro-batches would change the result.
         before: The run that comes first, if there is one.
         adapt: What it changes of a run's settings, where it trains other parts of the model than they say.
@@ -156,7 +156,7 @@ class Objective:
     pooled: tuple[str, ...] = ()
     heads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     state: tuple[float, ...] = ()
-    environments: bool = False
+    environments: int = 0
     couples: bool = False
     before: Before | None = None
     adapt: Callable[[TrainConfig], TrainConfig] = lambda config: config

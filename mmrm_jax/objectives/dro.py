@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -47,7 +49,7 @@ def group_dro(*, step: float = 0.01, environments: int = 1) -> Objective:
         "primary",
         terms,
         state=(1 / groups,) * groups,
-        environments=environments > 1,
+        environments=environments if environments > 1 else 0,
         couples=True,
     )
 
@@ -79,7 +81,7 @@ def v_rex(*, beta: float = 1.0) -> Objective:
         share = (jnp.sum(counts) / count / jnp.maximum(counts, 1.0)) @ members
         return Terms(share * loss + beta * variance, {"primary": loss})
 
-    return Objective("v_rex", {"primary": "multimodal"}, "primary", terms, environments=True, couples=True)
+    return Objective("v_rex", {"primary": "multimodal"}, "primary", terms, environments=sys.maxsize, couples=True)
 
 
 def _members(group: Array, groups: int, mask: Bool[Array, " C"]) -> Float[Array, "groups C"]:

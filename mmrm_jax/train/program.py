@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mmrm_jax.config import BranchInput, ModelConfig, TrainConfig
+from mmrm_jax.config import BranchInput, ModelConfig, OptimizerConfig, TrainConfig
 from mmrm_jax.objectives import Objective, find_objective
 from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
@@ -68,7 +68,7 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
         raise ValueError(f"{objective.name} looks at a batch as a whole: train it with micro_batches=1")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_heads(model, mesh)
-    optimizer = make_optimizer(config.optimizer, steps, model.decoder.family)
+    optimizer = make_optimizer(_optimizer_config(objective, config), steps, model.decoder.family)
     graphdef, params = abstract_model(as_trained(model, config))
     abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config), params)
     shardings = state_shardings(abstract, mesh)
@@ -107,6 +107,11 @@ def _new_state(
         objective.heads,
         objective.state,
     )
+
+
+def _optimizer_config(objective: Objective, config: TrainConfig) -> OptimizerConfig:
+    """That of the run; nothing waits for a proxy that there is not."""
+    return config.optimizer if "proxy" in objective.branches else dataclasses.replace(config.optimizer, head_start=0)
 
 
 def as_trained(model: ModelConfig, config: TrainConfig) -> ModelConfig:

@@ -175,8 +175,7 @@ def training_batches(
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
     """
-    if find_objective(config.objective).environments:
-        data = data.with_environments()
+    data = _with_environments(data, find_objective(config.objective))
     shapes = data.shapes if only is None else [data.shapes[i] for i in only]
     plan = BatchPlan(list(map(buckets.of, shapes)), config.batch_size, config.seed, steps, only)
     index, count = batch_share(mesh)
@@ -195,6 +194,22 @@ def training_batches(
     if config.data.augment == NO_AUGMENTATION:
         return batches(plan, make, start=start, workers=workers)
     return batches(plan, make.random, start=start, workers=workers, seed=config.seed)
+
+
+def _with_environments(data: EncodedSource, objective: Objective) -> EncodedSource:
+    """The data with the environment of each comparison, where the objective reads it.
+
+    Raises ValueError where there are more of them than it tells apart.
+    """
+    if not objective.environments:
+        return data
+    names = data.environments()
+    if (count := len(set(names))) > objective.environments:
+        known = ", ".join(sorted(set(names)))
+        raise ValueError(
+            f"{objective.name} tells {objective.environments} environments apart, and there are {count}: {known}"
+        )
+    return data.with_environments(names)
 
 
 def describe_data(sets: Sequence[EncodedSource], buckets: Buckets) -> str:

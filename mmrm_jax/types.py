@@ -56,6 +56,10 @@ class Group:
         """All images of the prompt, in order."""
         return () if self.image is None else (self.image, *self.more_images)
 
+    def encoded_images(self) -> tuple[bytes, ...]:
+        """Their encoded bytes; raises OSError where a file cannot be read."""
+        return tuple(image.read_bytes() if isinstance(image, Path) else image for image in self.images)
+
 
 @dataclasses.dataclass(frozen=True)
 class Quarantined:

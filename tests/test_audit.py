@@ -390,4 +390,4 @@ def test_the_grocery_shortcut_is_found_and_none_in_the_neutral_file():
     assert new["low"] < 0.5 < new["high"] and neutral["verdict"]["level"] == "none"
     assert neutral["shortcut"]["low"] == 0 and neutral["words"] == [] and neutral["responses"]["balance"] == 0
     assert {example.environment for example in examples} == {"train", "test_ood"}
-    assert all(example.image for example in examples)
+    assert all(example.images for example in examples)

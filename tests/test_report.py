@@ -96,7 +96,7 @@ def demo(**changes) -> ReportData:
             sfc = 1 / (1 + np.exp(spread * rng.normal(0.3, 1, (len(steps), 256))))
             histories.append(SfcHistory(train, seed, steps, np.stack([np.histogram(s, edges)[0] for s in sfc]), edges))
     examples = [
-        SfcExample(train, kind, sfc, png(), "What is in the picture?", "A red square.", "A blue circle.", 1.5, b)
+        SfcExample(train, kind, sfc, (png(),), "What is in the picture?", "A red square.", "A blue circle.", 1.5, b)
         for train in IID
         for kind, sfc, b in EXTREMES
         for _ in range(3)
@@ -175,7 +175,7 @@ def test_records_are_escaped_everywhere(tmp_path):
             tests=[cells[0].test],
             iid={ATTACK: cells[0].test},
             sfc_histories=[history],
-            examples=[SfcExample(ATTACK, "highest", 0.5, png(), ATTACK, ATTACK, ATTACK, 0.0, -1.0)],
+            examples=[SfcExample(ATTACK, "highest", 0.5, (png(),), ATTACK, ATTACK, ATTACK, 0.0, -1.0)],
             quarantined=[Quarantined(ATTACK, 1, ATTACK)],
         ),
     )
@@ -214,7 +214,7 @@ def test_empty_report_renders(tmp_path):
     ],
 )
 def test_examples_without_a_usable_image(tmp_path, data, image, shown):
-    example = dataclasses.replace(data.examples[0], image=image)
+    example = dataclasses.replace(data.examples[0], images=() if image is None else (image,))
     page = Page(
         written(
             tmp_path, dataclasses.replace(data, rows=(), summary=(), examples=[example], sfc_histories=(), curves=())
@@ -227,7 +227,7 @@ def test_examples_without_a_usable_image(tmp_path, data, image, shown):
 def test_oversized_image_is_not_decoded(tmp_path, data):
     header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + png((1, 1))[24:29]
     image = png((1, 1))[:12] + header + struct.pack(">I", zlib.crc32(header)) + png((1, 1))[33:]
-    example = dataclasses.replace(data.examples[0], image=image)
+    example = dataclasses.replace(data.examples[0], images=(image,))
     page = Page(
         written(
             tmp_path, dataclasses.replace(data, rows=(), summary=(), examples=[example], sfc_histories=(), curves=())
@@ -238,9 +238,8 @@ def test_oversized_image_is_not_decoded(tmp_path, data):
 
 def test_photos_shrink_and_tiny_images_stay_sharp(tmp_path, data):
     examples = [
-        dataclasses.replace(data.examples[0], image=png((2000, 1000), kind="JPEG")),
-        dataclasses.replace(data.examples[0], image=png((200, 100), mode="RGBA")),
-        dataclasses.replace(data.examples[0], image=png((32, 32))),
+        dataclasses.replace(data.examples[0], images=(png((2000, 1000), kind="JPEG"),)),
+        dataclasses.replace(data.examples[0], images=(png((200, 100), mode="RGBA"), png((32, 32)))),
     ]
     text = written(
         tmp_path, dataclasses.replace(data, rows=(), summary=(), examples=examples, sfc_histories=(), curves=())
@@ -350,5 +349,5 @@ def test_heat_map_colours_follow_the_numbers():
     ],
 )
 def test_examples_say_what_their_margins_mean(tmp_path, sfc, proxy, finding):
-    example = SfcExample("long", "highest", sfc, None, "prompt", "yes", "no", 1.0, proxy)
+    example = SfcExample("long", "highest", sfc, (), "prompt", "yes", "no", 1.0, proxy)
     assert finding in Page(written(tmp_path, ReportData("t", "", {}, [], [], (), (), (), {}, examples=[example]))).text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ _SHOWN = 3  # of each kind
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A comparison with the held-out margin of a baseline; `image` is encoded bytes, None without one."""
+    """A comparison with the held-out margin of a baseline; `images` are encoded bytes, none of a text-only one."""
 
     environment: str
     kind: Literal["right", "wrong"]
@@ -25,7 +24,7 @@ class Example:
     margin: float
     id: str
     row: int
-    image: bytes | None
+    images: tuple[bytes, ...]
     prompt: str
     chosen: str
     rejected: str
@@ -70,7 +69,7 @@ def _example(pairs: Pairs, c: int, kind: Literal["right", "wrong"], baseline: st
         margin=margin,
         id=group.id,
         row=group.row,
-        image=group.image.read_bytes() if isinstance(group.image, Path) else group.image,
+        images=group.encoded_images(),
         prompt=group.prompt,
         chosen=group.responses[pairs.winner[c]],
         rejected=group.responses[pairs.loser[c]],

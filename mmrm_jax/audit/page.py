@@ -24,7 +24,7 @@ from mmrm_jax.audit.tables import (
 from mmrm_jax.audit.verdict import furthest
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
-from mmrm_jax.eval.report_parts import escaped, html_section, html_table, image_html, png_figure
+from mmrm_jax.eval.report_parts import escaped, html_section, html_table, images_html, png_figure
 from mmrm_jax.eval.report_plots import heat_map
 from mmrm_jax.eval.summary import percent
 from mmrm_jax.types import Quarantined
@@ -166,7 +166,7 @@ def _card(example: Example) -> str:
     margin = f"{example.margin:+.2f}".replace("-", "−")
     side = "lowest" if example.kind == "right" else "highest"  # the page's blue and orange
     return (
-        f"<article class='card {side}'>{image_html(example.image, example.prompt)}"
+        f"<article class='card {side}'>{images_html(example.images, example.prompt)}"
         f"<p class='prompt'>{escaped(example.prompt)}</p>"
         f"<p class='answer good'><b>chosen</b>{escaped(example.chosen)}</p>"
         f"<p class='answer bad'><b>rejected</b>{escaped(example.rejected)}</p>"

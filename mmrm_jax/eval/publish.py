@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -154,13 +153,12 @@ def _examples(matrix: Matrix) -> list[SfcExample]:
         for kind, chosen in (("highest", order[::-1][:EXAMPLES]), ("lowest", order[:EXAMPLES])):
             for c in chosen:
                 group = matrix.data.test[own].group(int(e.group[c]))
-                image = group.image.read_bytes() if isinstance(group.image, Path) else group.image
                 examples.append(
                     SfcExample(
                         train=r.cell.train,
                         kind=kind,  # type: ignore[arg-type]
                         sfc=float(e.sfc[c]),
-                        image=image,
+                        images=group.encoded_images(),
                         prompt=group.prompt,
                         chosen=group.responses[e.winner[c]],
                         rejected=group.responses[e.loser[c]],

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
-from mmrm_jax.eval.report_parts import escaped, html_section, html_table, image_html, png_figure
+from mmrm_jax.eval.report_parts import escaped, html_section, html_table, images_html, png_figure
 from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds, sfc_over_training, training_curves
 from mmrm_jax.eval.summary import BASELINE, MEASURE_NAMES, between, cell_kind, mean_over_seeds, percent, points
 from mmrm_jax.types import Quarantined
@@ -25,12 +25,12 @@ _TOO_SHORT = "Nothing is drawn: the runs were so short that they logged once. A 
 
 @dataclasses.dataclass(frozen=True)
 class SfcExample:
-    """One comparison to look at: the image (encoded bytes or None), the texts, and both branches' margins."""
+    """One comparison to look at: the encoded images, the texts, and both branches' margins."""
 
     train: str
     kind: Literal["highest", "lowest"]
     sfc: float
-    image: bytes | None
+    images: tuple[bytes, ...]
     prompt: str
     chosen: str
     rejected: str
@@ -278,7 +278,7 @@ def _examples(data: ReportData) -> str:
 
 def _card(example: SfcExample) -> str:
     return (
-        f"<article class='card {example.kind}'>{image_html(example.image, example.prompt)}"
+        f"<article class='card {example.kind}'>{images_html(example.images, example.prompt)}"
         f"<p class='prompt'>{escaped(example.prompt)}</p>"
         f"<p class='answer good'><b>chosen</b>{escaped(example.chosen)}</p>"
         f"<p class='answer bad'><b>rejected</b>{escaped(example.rejected)}</p>"

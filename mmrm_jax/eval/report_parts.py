@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageOps
 
@@ -43,10 +43,13 @@ def png_figure(png: bytes, caption: str, alt: str) -> str:
     return f"<figure><figcaption>{escaped(caption)}</figcaption>{image}</figure>"
 
 
-def image_html(image: bytes | None, prompt: str) -> str:
-    """An example's image, made small and encoded anew, or why it cannot be shown."""
-    if image is None:
-        return "<p class='noimage'>no image</p>"
+def images_html(images: Sequence[bytes], prompt: str) -> str:
+    """An example's images, in order."""
+    return "".join(_image_html(image, prompt) for image in images) or "<p class='noimage'>no image</p>"
+
+
+def _image_html(image: bytes, prompt: str) -> str:
+    """An image made small and encoded anew, or why it cannot be shown."""
     try:
         encoded, mime, tiny = _reencode(image)
     except (*DECODE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

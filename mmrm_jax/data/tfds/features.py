@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def group_features() -> tfds.features.FeaturesDict:
 
 def encode_group(group: Group) -> dict[str, Any]:
     """The example of a group. An image given as a path is read here; raises OSError where it cannot be."""
-    images = [image.read_bytes() if isinstance(image, Path) else image for image in group.images]
+    images = list(group.encoded_images())
     return {
         "id": group.id,
         "prompt": group.prompt,

@@ -12,6 +12,7 @@ import pytest
 from commands import FAST, run, write_pairs
 
 from mmrm_jax.ablate.grid import points, with_field
+from mmrm_jax.ablate.page import write_page
 from mmrm_jax.ablate.statistics import holm
 from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, table_rows, terminal_table
 from mmrm_jax.config import AblateConfig, ShapesConfig
@@ -126,6 +127,17 @@ def test_programs_that_are_no_longer_used_are_forgotten(capsys, monkeypatch, tmp
     ]
     status, text = run(capsys, *command)
     assert status == 0 and built == ["standard", "focal", "odin"] * 2, text
+
+
+def test_what_is_turned_round_is_marked(tmp_path) -> None:
+    rows = some_rows()
+    rows[1] |= {"iid": 0.1, "other": 0.5, "other_change": -0.1, "other_change_low": -0.2, "other_change_high": -0.05}
+    lines = as_markdown(rows).splitlines()
+    assert "other − standard" in lines[0]
+    assert lines[3].startswith(r"| a\|b_c † |") and "−10.0 (−20.0 to −5.0)" in lines[3]
+    assert r"a|b\_c $\dagger$" in as_latex(rows, "x")
+    write_page(tmp_path / "r.html", "x", "y", {}, rows, {})
+    assert "a|b_c: worse than chance in distribution" in (tmp_path / "r.html").read_text()
 
 
 def test_a_small_ablation_and_again(capsys, tmp_path) -> None:

@@ -16,7 +16,7 @@ from mmrm_jax.eval.matrix import Matrix, forward_passes, scores
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.eval.summary import BASELINE, summarise
 
-TESTED = ("iid", "ood", "sfd")  # the measures that comparisons with standard are corrected within
+TESTED = ("iid", "ood", "other", "sfd")  # the measures that comparisons with standard are corrected within
 
 
 @dataclasses.dataclass(frozen=True)

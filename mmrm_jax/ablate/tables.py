@@ -14,7 +14,7 @@ from rich.text import Text
 from mmrm_jax.eval.summary import BASELINE, between, percent, points
 
 LEVELS = ("iid", "ood", "other", "sfd")
-CHANGES = ("iid", "ood", "sfd")
+CHANGES = ("iid", "ood", "other", "sfd")
 HEADINGS = {"iid": "i.i.d.", "ood": "o.o.d.", "other": "other", "sfd": "SFD"}
 Row = dict[str, Any]
 
@@ -54,38 +54,65 @@ def headings(rows: Sequence[Row]) -> list[str]:
     """Of the columns that `cells` gives."""
     first = ["setting"] if any(row["setting"] for row in rows) else []
     levels = [HEADINGS[m] for m in LEVELS if any(row[m] is not None for row in rows)]
-    return [*first, "objective", *levels, *(f"{HEADINGS[m]} − {BASELINE}" for m in CHANGES), "forwards", "time"]
+    return [
+        *first,
+        "objective",
+        *levels,
+        *(f"{HEADINGS[m]} − {BASELINE}" for m in shown_changes(rows)),
+        "forwards",
+        "time",
+    ]
+
+
+def shown_changes(rows: Sequence[Row]) -> list[str]:
+    """The differences that have a column: those of other tests only where there are any."""
+    return [m for m in CHANGES if m != "other" or any(row["other_change"] is not None for row in rows)]
+
+
+def label(row: Row) -> str:
+    """The objective, with † where its models are worse than chance in distribution.
+
+    They prefer what text says is wrong, and owe to that, not to the image, what they gain where a cue is turned round.
+    """
+    return row["objective"] + (" †" if row["iid"] is not None and row["iid"] < 0.5 else "")
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """A row as text: levels in %, differences in points with 95 % intervals, and * where Holm's p is below .05."""
     found = [row["setting"]] if any(r["setting"] for r in rows) else []
-    found.append(row["objective"])
+    found.append(label(row))
     found += [percent(row[m]) for m in LEVELS if any(r[m] is not None for r in rows)]
-    for measure in CHANGES:
-        name, p = f"{measure}_change", row[f"{measure}_p"]
-        star = "*" if p is not None and p < 0.05 else ""
-        bounds = between(row[f"{name}_low"], row[f"{name}_high"], points)
-        found.append(f"{points(row[name])}{star}" + (f" ({bounds})" if bounds else ""))
-    forwards, cost = row["forwards"], row["cost"]
-    found += ["–" if forwards is None else f"{forwards:g}", "–" if cost is None else f"{cost:.2f}×"]
-    return found
+    for measure in shown_changes(rows):
+        bounds = between(row[f"{measure}_change_low"], row[f"{measure}_change_high"], points)
+        found.append(change(row, measure) + (f" ({bounds})" if bounds else ""))
+    forwards = row["forwards"]
+    return [*found, "–" if forwards is None else f"{forwards:g}", time(row)]
+
+
+def change(row: Row, measure: str) -> str:
+    """A difference in points, with * where Holm's p is below .05."""
+    p = row[f"{measure}_p"]
+    return points(row[f"{measure}_change"]) + ("*" if p is not None and p < 0.05 else "")
+
+
+def time(row: Row) -> str:
+    """That of a run over standard training's."""
+    return "–" if row["cost"] is None else f"{row['cost']:.2f}×"
 
 
 def terminal_table(rows: Sequence[Row], setting: str) -> Table:
-    """The rows of one setting for a terminal, without the intervals of what is not out of distribution."""
-    note = "In %; differences from standard training in points, * where Holm's p < .05"
+    """The rows of one setting for a terminal, without intervals."""
+    note = "In %; differences from standard training in points, * where Holm's p < .05; † worse than chance i.i.d."
     table = Table(
         title=Text(f"{setting}: {note}" if setting else note), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
     )
     table.add_column("objective", overflow="fold", min_width=22)
-    for heading in ("i.i.d.", "o.o.d.", "SFD", "o.o.d. change", "i.i.d.", "SFD", "time"):
+    measures = shown_changes(rows)
+    for heading in (*("i.i.d.", "o.o.d.", "SFD"), *(f"Δ {HEADINGS[m]}" for m in measures), "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in (row for row in rows if row["setting"] == setting):
-        changes = dict(zip(CHANGES, (cell.partition(" (") for cell in cells(row, [row])[-5:-2]), strict=True))
-        ood = "".join(changes["ood"])
         levels = (percent(row[m]) for m in ("iid", "ood", "sfd"))
-        table.add_row(Text(row["objective"]), *levels, ood, changes["iid"][0], changes["sfd"][0], cells(row, [row])[-1])
+        table.add_row(Text(label(row)), *levels, *(change(row, m) for m in measures), time(row))
     return table
 
 
@@ -95,7 +122,17 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
-_LATEX = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "−": "$-$", "×": r"$\times$", "–": "--"}
+_LATEX = {
+    "†": r"$\dagger$",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+}
 
 
 def as_latex(rows: Sequence[Row], caption: str) -> str:
@@ -106,7 +143,8 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
 
     columns = "l" + "r" * (len(headings(rows)) - 1)
     body = line(headings(rows)) + "\\midrule\n" + "".join(line(cells(row, rows)) for row in rows)
-    note = "In \\%; differences in points with 95\\,\\% intervals, * where Holm's $p < .05$."
+    note = "In \\%; differences in points with 95\\,\\% intervals, * where Holm's $p < .05$; "
+    note += "$\\dagger$ worse than chance i.i.d."
     return (
         "\\begin{table}\n\\centering\n"
         f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\\bottomrule\n\\end{{tabular}}\n"

@@ -56,7 +56,7 @@ class Engine:
         if proxy and not self.has_proxy:
             raise ValueError("proxy: this model's folder holds no proxy; mmrm export --proxy writes one")
         loop = asyncio.get_running_loop()
-        encoded = [await loop.run_in_executor(self.pool, self._encode, ask, proxy) for ask in asks]
+        encoded = await asyncio.gather(*(loop.run_in_executor(self.pool, self._encode, ask, proxy) for ask in asks))
         groups = [group for parts in encoded for group in parts]
         branches: tuple[Branch, ...] = ("primary", "proxy") if proxy else ("primary",)
         waiting = [self.batcher.submit(groups, branch) for branch in branches]

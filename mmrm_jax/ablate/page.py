@@ -48,8 +48,8 @@ def _headline(rows: Sequence[Row]) -> str:
     )
     if turned:
         text += (
-            f" {', '.join(map(named, turned))}: worse than chance in distribution, so what they gain elsewhere comes of turning "
-            "the shortcut round; look at tests without a cue."
+            f" {', '.join(map(named, turned))}: worse than chance in distribution, so what they gain elsewhere comes "
+            "of turning the shortcut round; look at tests without a cue."
         )
     others = " of the others" if turned else ""
     more = f"The highest{others} is {named(best)}: {points(best['ood_change'])} points, in distribution "

@@ -118,10 +118,11 @@ def score_file(
     if sizes is not None:
         console.print(describe_data([data], sizes))
     work = Scoring(data, reasons, rows, scorer, whole_batch(batch_size, mesh), sizes)
-    missing = [k for k in range(jax.process_index(), work.parts, jax.process_count()) if not parts.done(k)]
-    if len(missing) < len(range(jax.process_index(), work.parts, jax.process_count())):
+    missing = [k for k in range(work.parts) if not parts.done(k)]
+    if len(missing) < work.parts:
         console.print(f"going on: {work.parts - len(missing)} of {work.parts} parts are in {parts.folder}")
-    for k in _bar(f"scoring {spec}", console)(missing):
+    barrier("score what is missing")  # before any process adds to what is there
+    for k in _bar(f"scoring {spec}", console)(missing[jax.process_index() :: jax.process_count()]):
         parts.write(k, work.rows_of(k))
     barrier("scored")
     found = {"out": str(out), "drawn": drawn}

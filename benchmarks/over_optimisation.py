@@ -34,7 +34,7 @@ from mmrm_jax.models.lora import fold_adapters
 from mmrm_jax.sharding import make_mesh
 from mmrm_jax.train.state import merge_branch
 
-CHECKPOINTS = np.linspace(0.0, 4.0, 17)  # of KL, in nats, at which paths of policies are averaged
+CHECKPOINTS = np.linspace(0.0, 1.75, 15)  # of KL, in nats, at which paths of policies are averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,19 @@ class OverOptimisation:
     json: Path | None = None
 
 
-def scorer_of(cell: Path, console: Console) -> Scorer:
-    """The reward model that a cell ended with."""
+def scorer_of(cell: Path, console: Console, like: Scorer | None) -> Scorer:
+    """The reward model that a cell ended with; in `like`, where there is one, whose compiled steps it can use."""
     run = read_run(cell)
     state, _ = run.restore(console)
     branch = run.program.objective.scores
-    params = fold_adapters(merge_branch(state.params[branch], state.frozen))
+    params = {"primary": fold_adapters(merge_branch(state.params[branch], state.frozen))}
     views = {"primary": run.program.views[branch]}
-    return Scorer(
-        run.checkpoint, {"primary": params}, make_mesh(MeshConfig()), views=views, dtype="float32", batch_size=16
-    )
+    if like is None:
+        return Scorer(run.checkpoint, params, make_mesh(MeshConfig()), views=views, dtype="float32", batch_size=16)
+    if like.views != views:
+        raise SystemExit(f"{cell} sees {views['primary']}, the models before it {like.views['primary']}")
+    like.params = params
+    return like
 
 
 def study(rewards: np.ndarray, asked: list[Candidates], ns: list[int]) -> dict[str, Any]:
@@ -121,19 +124,17 @@ def draw(result: dict[str, Any]) -> bytes:
 
 
 def table(result: dict[str, Any], way: str) -> Table:
-    """Gold with its interval at every n or KL."""
-    columns = result["ns"] if way == "best of n" else result["kl"][way][::4]
-    step = 1 if way == "best of n" else 4
-    found = Table(title=f"right answers, %: {way}", title_justify="left")
-    found.add_column("n" if way == "best of n" else "KL")
-    for value in columns:
-        found.add_column(f"{value:g}", justify="right")
+    """Gold, and how far to its interval's ends at most, at every n or every other KL."""
+    step = 1 if way == "best of n" else 2
+    found = Table(title=f"right answers, %: {way}", title_justify="left", padding=(0, 0))
+    found.add_column("n" if way == "best of n" else "KL", no_wrap=True)
+    for value in result["ns"] if way == "best of n" else result["kl"][way][::step]:
+        found.add_column(f"{value:g}", justify="right", no_wrap=True)
     for objective, ways in result["objectives"].items():
         line = ways[way]["gold"]
-        cells = zip(line["mean"][::step], line["low"][::step], line["high"][::step], strict=True)
-        found.add_row(
-            objective, *("–" if m is None else f"{100 * m:.1f} ({100 * lo:.1f}-{100 * hi:.1f})" for m, lo, hi in cells)
-        )
+        ends = zip(line["mean"][::step], line["low"][::step], line["high"][::step], strict=True)
+        cells = ("–" if m is None else f"{100 * m:.1f}±{100 * max(high - m, m - low):.1f}" for m, low, high in ends)
+        found.add_row(objective, *cells)
     return found
 
 
@@ -146,12 +147,14 @@ def main() -> None:
     requests = [(encode_png(c.pixels), c.prompt, c.responses) for c in asked]
     ns = doubling(args.responses)
     studies: dict[str, list[dict[str, Any]]] = {}
+    scorer: Scorer | None = None
     for objective in args.objectives:
         cells = sorted(c for c in (args.matrix / "cells").iterdir() if c.name.rsplit("-", 2)[0] == objective)
         if not cells:
             raise SystemExit(f"{args.matrix} has no cells of {objective}")
         for cell in track(cells, f"{objective}: {len(cells)} models", console=console, disable=not console.is_terminal):
-            rewards = np.stack(scorer_of(cell, quiet).score_many(requests)).astype(np.float64)
+            scorer = scorer_of(cell, quiet, scorer)
+            rewards = np.stack(scorer.score_many(requests)).astype(np.float64)
             studies.setdefault(objective, []).append(study(rewards, asked, ns))
     kl = {"best of n": [best_of_kl(n) for n in ns], "policy": CHECKPOINTS.tolist()}
     names = ("gold", "long", "hedged", "reward")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +22,7 @@ import numpy as np
 import pytest
 import uvicorn
 from commands import run, write_pairs, xla_flags
-from PIL import Image
+from pictures import bomb, data_url, png
 
 import mmrm_jax
 from mmrm_jax.data.templates import TEMPLATES
@@ -91,17 +88,6 @@ def server(rm: Scorer) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def client(server: Running) -> httpx.Client:
     return server.client
-
-
-def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def data_url(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 RESPONSES = ["It is red.", "It is blue, as one can see in the picture.", "No."]
@@ -261,17 +247,6 @@ def test_a_token_is_asked_for(rm: Scorer) -> None:
     assert running.client.get("/health").status_code == running.client.get("/").status_code == 200
     assert running.client.post("/v1/score", json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
     running.stop()
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it is 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
-    side = (60_000).to_bytes(4, "big")
-    head = chunk(b"IHDR", side + side + b"\x08\x02\0\0\0")
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
 GOOD = {"prompt": "p", "responses": ["a"]}

@@ -19,6 +19,9 @@ from mmrm_jax.eval.score_parts import Parts
 from mmrm_jax.tiny import MODEL_DIR
 
 SMALL = "import mmrm_jax.eval.score as s; s.BATCHES = 1; from mmrm_jax.cli import main; main()"
+# Rests after every part, so that it can be killed between the first and the last however busy the machine is.
+SLOW = "import time, mmrm_jax.eval.score_parts as p; w = p.Parts.write; "
+SLOW += "p.Parts.write = lambda self, k, rows: (w(self, k, rows), time.sleep(0.5)); " + SMALL
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +61,15 @@ def whole(data: Path, tmp_path_factory) -> Path:
     return out
 
 
-def start(command: list[object]) -> subprocess.Popen:
+def start(command: list[object], program: str = SMALL) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    return subprocess.Popen([sys.executable, "-c", SMALL, *map(str, command)], env=environment)
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, command)], env=environment)
 
 
 def test_killed_and_given_again_it_writes_the_same_bytes(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     parts = Parts(tmp_path / "scores.jsonl.parts")
-    process = start(arguments(data, out))
+    process = start(arguments(data, out), SLOW)
     deadline = time.monotonic() + 120
     while not parts.done(0) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)

@@ -428,7 +428,7 @@ def test_the_command_serves_drains_and_ends(model: Path, tmp_path: Path, capsys)
     many = {"prompt": "p", "responses": [f"Answer {i}, as one can see in the picture." for i in range(400)]}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(client.post, "/v1/score", json=many)
-        time.sleep(0.3)
+        time.sleep(1.0)
         process.send_signal(signal.SIGTERM)
         answer = under_way.result()
     assert answer.status_code == 200 and len(answer.json()["rewards"]) == 400

@@ -24,7 +24,7 @@ from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.train.state import abstract_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SEEDS = range(60)
+SEEDS = range(100)
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 

@@ -181,14 +181,15 @@ def gradient_function(objective: Objective, frozen: nnx.State) -> Callable:
         terms = objective.terms(Seen(rewards, batch.comparisons))
         return jnp.sum(terms.loss * weights), terms.sfc
 
-    return jax.jit(jax.grad(loss, has_aux=True))
+    # Operation by operation: compiled as a whole, the order of sums would be another for each program and CPU.
+    return jax.grad(loss, has_aux=True)
 
 
 def test_gradients_through_the_model_stay_in_their_branch() -> None:
     rng = np.random.default_rng(3)
     won = [(Comparison(0, 1), Comparison(2, 0, margin=0.5)), (Comparison(1, 2, tie=True),), (Comparison(2, 1),)]
     groups = [random_group(MODEL, rng, i, tiles=1 + i % 2, responses=3, comparisons=c) for i, c in enumerate(won)]
-    batch = one_micro(make_batch(groups, MODEL, num_groups=4))
+    batch = jax.tree.map(jnp.asarray, one_micro(make_batch(groups, MODEL, num_groups=4)))
     mask = batch.comparisons.mask.astype(np.float32)
     views = shortcut_aware().views("absent")
     params, frozen = split_params(random_params(MODEL, 4), views, ("vision",))
@@ -208,9 +209,7 @@ def test_gradients_through_the_model_stay_in_their_branch() -> None:
         want = flat(alone[branch])
         for name, got in flat(grads[branch]).items():
             assert np.any(got), name
-            # The same sums, in an order that the compiler may choose anew for every kind of CPU: off by 2e-7 to 1e-6 of
-            # the largest. A gradient that leaked from the other branch would be off by a hundredth and more.
-            np.testing.assert_allclose(got, want[name], rtol=0, atol=4e-6 * np.abs(want[name]).max(), err_msg=name)
+            np.testing.assert_allclose(got, want[name], rtol=0, atol=1e-6 * np.abs(want[name]).max(), err_msg=name)
 
 
 def test_padding_comparisons_contribute_nothing() -> None:

@@ -44,6 +44,7 @@ class OverOptimisation:
     objectives: Which of its objectives.
     prompts: New questions.
     responses: Candidate answers to each.
+    phrasings: Of answers to a question; None is all there are.
     seed: Of the questions and answers.
     plot: PNG file to draw to.
     json: File for the numbers.
@@ -53,6 +54,7 @@ class OverOptimisation:
     objectives: tuple[str, ...] = ("standard", "shortcut_aware")
     prompts: int = 256
     responses: int = 64
+    phrasings: int | None = None
     seed: int = 0
     plot: Path | None = None
     json: Path | None = None
@@ -143,7 +145,7 @@ def main() -> None:
     args = tyro.cli(OverOptimisation, description=__doc__)
     console, quiet = Console(), Console(quiet=True)
     rng = np.random.default_rng(args.seed)
-    asked = [sample_candidates(rng, args.responses) for _ in range(args.prompts)]
+    asked = [sample_candidates(rng, args.responses, args.phrasings) for _ in range(args.prompts)]
     requests = [(encode_png(c.pixels), c.prompt, c.responses) for c in asked]
     ns = doubling(args.responses)
     studies: dict[str, list[dict[str, Any]]] = {}

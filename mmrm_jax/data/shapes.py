@@ -351,9 +351,10 @@ class Candidates:
     style: tuple[str, ...]
 
 
-def sample_candidates(rng: np.random.Generator, count: int) -> Candidates:
+def sample_candidates(rng: np.random.Generator, count: int, phrasings: int | None = None) -> Candidates:
     """Draw `count` answers to one question, each of its own phrasing: right or not by a fair coin, wrong in any value
-    of an attribute that is asked for, and plain, long or hedged at one rate.
+    of an attribute that is asked for, and plain, long or hedged at one rate. `phrasings` is how many of the question's
+    there are to draw from, all of them without it.
     """
     scene = sample_scene(rng)
     pixels, question = render(scene, rng), QUESTIONS[int(rng.integers(len(QUESTIONS)))]
@@ -364,7 +365,9 @@ def sample_candidates(rng: np.random.Generator, count: int) -> Candidates:
         changed = _pick(rng, question.asks)
         other = _pick(rng, tuple(v for v in VALUES[changed] if v != getattr(scene, changed)))
         said = scene if right else dataclasses.replace(scene, **{changed: other})
-        drawn.append((style_answer(fill_answer(_pick(rng, question.answers), said), style, rng), right, style))
+        drawn.append(
+            (style_answer(fill_answer(_pick(rng, question.answers[:phrasings]), said), style, rng), right, style)
+        )
     responses, right, style = zip(*drawn, strict=True)
     return Candidates(pixels, prompt, responses, right, style)
 

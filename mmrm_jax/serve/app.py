@@ -6,19 +6,20 @@ import contextlib
 import json
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
-import jax
 import numpy as np
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from scipy.special import expit
 from starlette.exceptions import HTTPException
 
 from mmrm_jax import __version__
+from mmrm_jax.data.templates import Template
 from mmrm_jax.eval.scorer import Scorer
 from mmrm_jax.serve import asks, schemas
 from mmrm_jax.serve.asks import Ask
@@ -46,6 +47,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
 )
+
+
+class Score(Protocol):
+    """Asks to rewards, with what goes wrong as a status; the asks are made inside, so that this holds for them too."""
+
+    def __call__(self, asked: Callable[[], Sequence[Ask]], *, proxy: bool = False) -> Awaitable[list[Found]]: ...
 
 
 class Json(JSONResponse):
@@ -81,7 +88,6 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
         responses=PROBLEMS,
         default_response_class=Json,
     )
-    app.state.engine, app.state.ready = engine, ready
 
     async def score(asked: Callable[[], Sequence[Ask]], *, proxy: bool = False) -> list[Found]:
         if not ready.is_set():
@@ -94,6 +100,23 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
         except TimeoutError as error:
             raise HTTPException(503, f"not scored within {limits.seconds:g} s", {"Retry-After": "5"}) from error
+
+    _add_scoring(app, score, name, template)
+    _add_probes(app, engine, ready, metrics)
+    _add_problems(app)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model there is, as OpenAI lists models."""
+        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mmrm_jax"}]}
+
+    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
+    app.add_middleware(Guard, limits=limits, token=token, metrics=metrics, paths=paths)  # type: ignore[arg-type]
+    return app
+
+
+def _add_scoring(app: FastAPI, score: Score, name: str, template: Template) -> None:
+    """What gives rewards, in every client's shape."""
 
     @app.post("/v1/score")
     async def v1_score(request: schemas.ScoreRequest) -> schemas.ScoreAnswer:
@@ -125,7 +148,7 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
         """As vLLM's /classify of a reward model: one class, of the reward's sigmoid or the reward itself."""
         found = await score(lambda: asks.of_classify(request, template))
         plain = request.activation is False or request.use_activation is False
-        rewards = [each.rewards[0] if plain else _sigmoid(each.rewards[0]) for each in found]
+        rewards = [each.rewards[0] if plain else float(expit(each.rewards[0])) for each in found]
         data = [schemas.Classified(index=i, probs=[reward]) for i, reward in enumerate(rewards)]
         return schemas.ClassifyAnswer(id=_id("classify"), model=name, data=data, usage=_usage(found))
 
@@ -149,10 +172,9 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
         ]
         return schemas.RerankAnswer(id=_id("rerank"), model=name, usage=_usage(found), results=results)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The one model there is, as OpenAI lists models."""
-        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mmrm_jax"}]}
+
+def _add_probes(app: FastAPI, engine: Engine, ready: threading.Event, metrics: Metrics) -> None:
+    """What says how the server is, and the page."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -180,6 +202,10 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
             headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"},
         )
 
+
+def _add_problems(app: FastAPI) -> None:
+    """Every refusal as one sentence."""
+
     @app.exception_handler(RequestValidationError)
     async def not_as_asked(_: Request, error: RequestValidationError) -> Response:
         """What a body lacks or has too much of, without telling it again."""
@@ -190,10 +216,6 @@ def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = N
     async def refused(_: Request, error: HTTPException) -> Response:
         """A status and its reason."""
         return Json({"detail": error.detail}, error.status_code, headers=error.headers)
-
-    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Guard, limits=limits, token=token, metrics=metrics, paths=paths)  # type: ignore[arg-type]
-    return app
 
 
 def _warm(scorer: Scorer, ready: threading.Event, metrics: Metrics, warm: bool) -> None:
@@ -206,13 +228,8 @@ def _warm(scorer: Scorer, ready: threading.Event, metrics: Metrics, warm: bool) 
                 for branch in scorer.views:
                     groups = scorer.encode(shown, "What is this?", ["An answer."] * responses, proxy=branch == "proxy")
                     scorer.rewards(groups, branch)  # type: ignore[arg-type]
-    jax.block_until_ready(jax.numpy.zeros(()))
     ready.set()
     metrics.ready.set(1)
-
-
-def _sigmoid(reward: float) -> float:
-    return float(1 / (1 + np.exp(-np.float64(reward)))) if reward > -700 else 0.0
 
 
 def _usage(found: Sequence[Found]) -> schemas.Usage:

@@ -47,7 +47,7 @@ class Guard:
                 await refuse(counted, *problem)
                 return
             try:
-                body = await asyncio.wait_for(self._body(scope, receive), self.limits.seconds)
+                body = await asyncio.wait_for(self._body(receive), self.limits.seconds)
             except TimeoutError:
                 await refuse(counted, 408, f"the body did not arrive within {self.limits.seconds:g} s")
                 return
@@ -81,7 +81,7 @@ class Guard:
     def _too_large(self) -> str:
         return f"the body has more than {self.limits.body_mib:g} MiB"
 
-    async def _body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive) -> bytes | None:
         """The whole body; None where it is larger than allowed, whatever the headers said."""
         parts: list[bytes] = []
         size = 0

@@ -6,10 +6,11 @@ Each point of the grid leaves one of the shapes world's environments out. `v_rex
 told the environment of every comparison, `group_dro` is not.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mmrm_jax.config import AblateConfig, DataConfig, MatrixConfig, OptimizerConfig, ShapesConfig, TrainConfig
-from mmrm_jax.tiny import LEARNING_RATE
+from mmrm_jax.config import AblateConfig, MatrixConfig, ShapesConfig
+from mmrm_jax.eval.quickstart import CONFIG
 
 config = AblateConfig(
     shapes=ShapesConfig(comparisons=4096),
@@ -27,11 +28,6 @@ config = AblateConfig(
             "group_dro:environments=2",
         ),
         seeds=3,
-        train=TrainConfig(
-            batch_size=64,
-            steps=100,
-            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
-            data=DataConfig(holdout=0.0),
-        ),
+        train=dataclasses.replace(CONFIG.train, steps=100),
     ),
 )

@@ -8,10 +8,11 @@ and a half on two cores. Options are the objectives' defaults, none was tuned. `
 configs/ablate_environments.py.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mmrm_jax.config import AblateConfig, DataConfig, MatrixConfig, OptimizerConfig, ShapesConfig, TrainConfig
-from mmrm_jax.tiny import LEARNING_RATE
+from mmrm_jax.config import AblateConfig, MatrixConfig, ShapesConfig
+from mmrm_jax.eval.quickstart import CONFIG
 
 config = AblateConfig(
     shapes=ShapesConfig(comparisons=4096),
@@ -45,11 +46,6 @@ config = AblateConfig(
             "caption_only",
         ),
         seeds=3,
-        train=TrainConfig(
-            batch_size=64,
-            steps=100,
-            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
-            data=DataConfig(holdout=0.0),
-        ),
+        train=dataclasses.replace(CONFIG.train, steps=100),
     ),
 )

@@ -6,10 +6,11 @@
 The second command draws what was measured beside the two-feature model, in which it is exact.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mmrm_jax.config import AblateConfig, DataConfig, MatrixConfig, OptimizerConfig, ShapesConfig, TrainConfig
-from mmrm_jax.tiny import LEARNING_RATE
+from mmrm_jax.config import AblateConfig, MatrixConfig, ShapesConfig
+from mmrm_jax.eval.quickstart import CONFIG
 
 config = AblateConfig(
     shapes=ShapesConfig(comparisons=4096),
@@ -18,11 +19,6 @@ config = AblateConfig(
         title="When shortcut-aware training helps, on the shapes world",
         out=Path("runs/ablate-regime"),
         objectives=("text_only", "standard", "shortcut_aware"),
-        train=TrainConfig(
-            batch_size=64,
-            steps=100,
-            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
-            data=DataConfig(holdout=0.0),
-        ),
+        train=dataclasses.replace(CONFIG.train, steps=100),
     ),
 )

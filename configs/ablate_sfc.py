@@ -9,10 +9,11 @@ matrix.train.optimizer.proxy_rate=0.3,1,3` and `--grid matrix.train.optimizer.he
 branches share, `--grid matrix.train.lora.rank=0,8`.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mmrm_jax.config import AblateConfig, DataConfig, MatrixConfig, OptimizerConfig, ShapesConfig, TrainConfig
-from mmrm_jax.tiny import LEARNING_RATE
+from mmrm_jax.config import AblateConfig, MatrixConfig, ShapesConfig
+from mmrm_jax.eval.quickstart import CONFIG
 
 config = AblateConfig(
     shapes=ShapesConfig(comparisons=4096),
@@ -33,11 +34,6 @@ config = AblateConfig(
             "dual_sfc",
         ),
         seeds=3,
-        train=TrainConfig(
-            batch_size=64,
-            steps=100,
-            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.05),
-            data=DataConfig(holdout=0.0),
-        ),
+        train=dataclasses.replace(CONFIG.train, steps=100),
     ),
 )

@@ -237,6 +237,7 @@ def serve(argv: Sequence[str], console: Console) -> dict[str, Any]:
         token_file=args.token_file,
         dtype=args.dtype,
         batch_size=args.batch_size,
+        prefix_cache_mib=args.prefix_cache_mib,
         limits=args.limits,
         console=console,
     )

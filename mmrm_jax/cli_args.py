@@ -321,6 +321,8 @@ class ServeArgs:
         token_file: File with a token that clients must send, as Authorization: Bearer TOKEN.
         dtype: Of activations and matrix products; the head and the rewards are float32.
         batch_size: Most groups of up to 64 responses that run together; rounded up to a multiple of the devices.
+        prefix_cache_mib: MiB of main memory for what images and prompts became in the decoder, so that the next
+            responses to them run through it alone; 0 keeps nothing.
         limits: What a request may hold and how long it may take.
     """
 
@@ -331,6 +333,7 @@ class ServeArgs:
     token_file: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
+    prefix_cache_mib: int = 1024
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 

@@ -47,3 +47,13 @@ def write_pairs(folder: Path, name: str, count: int, *, seed: int = 0) -> Path:
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return file
+
+
+def write_long_and_short(folder: Path, count: int) -> Path:
+    """`write_pairs` with a long prompt in every other row: batches of two shapes."""
+    file = write_pairs(folder, "a", count)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["prompt"] *= 12
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import write_pairs, xla_flags
+from commands import write_long_and_short, xla_flags
 from rich.console import Console
 
 from mmrm_jax.config import DataConfig, MeshConfig, TrainConfig
@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
     eval_batch_size=16,
     steps=8,
     mesh=MeshConfig(2, 2, 2),
-    data=DataConfig(buckets=1, cache=False),
+    data=DataConfig(buckets=2, cache=False),
     log_every=1,
     eval_every=4,
     checkpoint_every=2,
@@ -48,8 +48,9 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Forty pairs, of which two have a picture that breaks off: they are met, and left out, while running."""
-    file = write_pairs(tmp_path_factory.mktemp("data"), "a", 40)
+    """Forty pairs, every other one with a long prompt: batches of two shapes. Of two the picture breaks off: they are
+    met, and left out, while running."""
+    file = write_long_and_short(tmp_path_factory.mktemp("data"), 40)
     for i in (3, 17):
         image = file.parent / "images" / f"a-{i}.png"
         image.write_bytes(image.read_bytes()[:-60])
@@ -152,7 +153,7 @@ def options(config: TrainConfig) -> list[object]:
     return [
         *("--steps", config.steps, "--batch-size", config.batch_size, "--eval-batch-size", config.eval_batch_size),
         *("--objective", config.objective, "--log-every", 1, "--eval-every", 4, "--checkpoint-every", 2),
-        *("--data.buckets", 1, "--data.no-cache", "--mesh.data", 4, "--mesh.fsdp", 2, "--keep-last", 2),
+        *("--data.buckets", 2, "--data.no-cache", "--mesh.data", 4, "--mesh.fsdp", 2, "--keep-last", 2),
     ]
 
 

@@ -30,6 +30,7 @@ from mmrm_jax.eval.scorer import Scorer
 from mmrm_jax.serve.app import make_app
 from mmrm_jax.serve.asks import rendered
 from mmrm_jax.serve.batcher import Batcher, QueueFullError
+from mmrm_jax.serve.prefixes import Asked, Prefixes
 from mmrm_jax.serve.settings import Limits
 
 CLOSE = 1e-5
@@ -204,8 +205,8 @@ def test_clients_at_once_get_their_own_answers(client: httpx.Client, rm: Scorer)
 
 def test_what_waits_together_runs_together(rm: Scorer) -> None:
     sizes: list[int] = []
-    batcher = Batcher(rm, queue=20, wait=0.2, on_batch=lambda groups, _: sizes.append(groups))
-    groups = [rm.encode([], f"Question {i}?", ["An answer."])[0] for i in range(10)]
+    batcher = Batcher(Prefixes(rm, 2**20), queue=20, wait=0.2, on_batch=lambda groups, _: sizes.append(groups))
+    groups = [Asked(rm.encode([], f"Question {i}?", ["An answer."], alone=True)[0]) for i in range(10)]
     futures = batcher.submit(groups)
     with pytest.raises(QueueFullError, match="at most 20 may"):
         batcher.submit(groups * 2)

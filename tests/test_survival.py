@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import write_pairs, xla_flags
+from commands import write_long_and_short, xla_flags
 from orbax.checkpoint import v1 as ocp
 
 STEPS = 48
@@ -60,13 +60,7 @@ def finish(process: ForkServerProcess, seconds: float = 120) -> int | None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Forty pairs, every other one with a long prompt: batches of two shapes."""
-    file = write_pairs(tmp_path_factory.mktemp("data"), "a", 40)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows[::2]:
-        row["prompt"] *= 12
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_long_and_short(tmp_path_factory.mktemp("data"), 40)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -33,10 +33,11 @@ from mmrm_jax.models.hf.names import PROXY_PREFIX
 from mmrm_jax.models.hf.tensors import open_tensors
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.models.internvl import tile_features
-from mmrm_jax.sharding import make_mesh, put_batch, whole_batch
+from mmrm_jax.models.rope import fixed
+from mmrm_jax.sharding import make_mesh, partition_spec, put_batch, whole_batch
 from mmrm_jax.train.setup import Checkpoint, initial_params, open_checkpoint
 from mmrm_jax.train.state import abstract_model, place_abstract
-from mmrm_jax.types import Batch, Group
+from mmrm_jax.types import Batch, Group, Prefix, Responses
 
 Branch = Literal["primary", "proxy"]
 Dtype = Literal["float32", "bfloat16"]
@@ -44,6 +45,7 @@ Dtype = Literal["float32", "bfloat16"]
 Picture: TypeAlias = Image.Image | Path | str | bytes  # decoded, a path, or the bytes of a file
 Pictures: TypeAlias = Picture | Sequence[Picture] | None
 Rewards: TypeAlias = Float[np.ndarray, " N"]
+Read: TypeAlias = Float[np.ndarray, "2 layers P J E"]  # keys and values of a prefix
 
 PROXY_INPUT = "proxy_input"  # in config.json: what the proxy beside a model was trained to see
 
@@ -90,6 +92,8 @@ class Scorer:
         self.ladder = Ladder(checkpoint.processor.max_length, most, images.image_size)
         self._steps = {branch: make_score_step(checkpoint.config, dtype, branch) for branch in views}
         self._tower = make_tower_step(checkpoint.config, dtype)
+        self._read = make_read_step(checkpoint.config, dtype)
+        self._answer = make_answer_step(checkpoint.config)
 
     def score(self, image: Pictures, prompt: str, responses: Sequence[str]) -> Rewards:
         """The rewards of responses to one prompt and its image, or several images, or none: float32, [N].
@@ -130,12 +134,20 @@ class Scorer:
             return np.asarray(self._tower(self.params["primary"], padded))[: len(tiles)]
 
     def encode(
-        self, tiles: Sequence[np.ndarray], prompt: str, responses: Sequence[str], *, proxy: bool = False
+        self,
+        tiles: Sequence[np.ndarray],
+        prompt: str,
+        responses: Sequence[str],
+        *,
+        proxy: bool = False,
+        alone: bool = False,
     ) -> list[EncodedGroup]:
         """A request as groups of up to `ladder.responses` responses each; `tiles` are those of each of its images,
         or what `features` made of them.
 
-        Raises RowError or TextError where a text cannot be scored.
+        What a group's responses begin with alike counts as its prefix; with `alone` the prefix is the same whatever the
+        responses are, so that what `read` makes of it serves others. Raises RowError or TextError where a text cannot
+        be scored.
         """
         if isinstance(responses, str):
             raise TypeError("responses is one text; it must be a list of them")
@@ -145,9 +157,11 @@ class Scorer:
         check_prompt(Field("prompt", prompt), len(tiles))
         views: dict[str, BranchInput] = {b: view for b, view in self.views.items() if proxy or b == "primary"}
         most, processor = self.ladder.responses, self.checkpoint.processor
-        parts = (tuple(checked[i : i + most]) for i in range(0, len(checked), most))
+        beside = ("",) if alone else ()  # no response: all that it shares with another one is what comes before
+        parts = ((*checked[i : i + most], *beside) for i in range(0, len(checked), most))
         groups = (Group("", prompt, part, (), None, "", "", 0) for part in parts)
-        return [processor.encode(group, 0, views, features=tiles) for group in groups]
+        found = (processor.encode(group, 0, views, features=tiles) for group in groups)
+        return [dataclasses.replace(g, responses=g.responses[: len(g.responses) - len(beside)]) for g in found]
 
     def batches(self, groups: Sequence[EncodedGroup]) -> list[list[int]]:
         """Which groups run together: those of one shape, `batch_size` of them at most."""
@@ -163,12 +177,43 @@ class Scorer:
         found = self.run(self._batch(groups, shape, branch), branch)
         return [row[: len(group.responses)] for row, group in zip(found, groups, strict=False)]
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a prefix is read alike whatever the responses; not where RoPE looks at their lengths."""
+        return fixed(self.checkpoint.config.decoder, self.checkpoint.processor.max_length)
+
+    def read(self, groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Read]:
+        """What responses see of each group's prefix, of groups as `rewards` takes them."""
+        batch = self._batch(groups, self.ladder.shape(groups[0].shape), branch)
+        with jax.set_mesh(self.mesh):
+            placed = self._placed(batch).prefixes[branch]
+            found = np.asarray(self._read(self.params[branch], placed))
+        return [row[:, :, : len(g.prefixes[branch].tokens)].copy() for row, g in zip(found, groups, strict=False)]
+
+    def answer(self, read: Sequence[Read], groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Rewards]:
+        """`rewards` of groups whose prefixes `read` read before."""
+        shape = self.ladder.shape(groups[0].shape)
+        batch = self._batch(groups, shape, branch)
+        layers, _, *heads = read[0].shape[1:]
+        whole = np.zeros((len(batch.group_index), 2, layers, shape.prefixes[branch], *heads), read[0].dtype)
+        for row, found in zip(whole, read, strict=False):
+            row[:, :, : found.shape[2]] = found
+        lengths = batch.prefixes[branch].lengths
+        with jax.set_mesh(self.mesh):
+            placed = self._placed(dataclasses.replace(batch, prefixes={}))
+            by_group = NamedSharding(self.mesh, partition_spec(("batch",)))
+            prefix = jax.device_put((whole, lengths), by_group)
+            rewards = np.asarray(self._answer(self.params[branch], *prefix, placed.responses))
+        return [row[: len(group.responses)] for row, group in zip(rewards, groups, strict=False)]
+
+    def _placed(self, batch: Batch) -> Batch:
+        shared = {name for name, view in self.views.items() if view == "blank"}
+        return put_batch(batch, self.mesh, micro=False, shared=shared)
+
     def run(self, batch: Batch, branch: Branch = "primary") -> Float[np.ndarray, "G N"]:
         """The rewards of a batch that the host holds, float32; those of padding have no meaning."""
-        shared = {name for name, view in self.views.items() if view == "blank"}
         with jax.set_mesh(self.mesh):
-            placed = put_batch(batch, self.mesh, micro=False, shared=shared)
-            return np.asarray(self._steps[branch](self.params[branch], placed))
+            return np.asarray(self._steps[branch](self.params[branch], self._placed(batch)))
 
     def _encoded(
         self, image: Pictures, prompt: str, responses: Sequence[str], *, proxy: bool = False
@@ -219,6 +264,28 @@ def make_tower_step(model: ModelConfig, dtype: Dtype) -> Callable[[nnx.State, np
     @jax.jit
     def step(params: nnx.State, tiles: jax.Array) -> jax.Array:
         return tile_features(nnx.merge(graphdef, params).vision, tiles, model, jnp.dtype(dtype))
+
+    return step
+
+
+def make_read_step(model: ModelConfig, dtype: Dtype) -> Callable[[nnx.State, Prefix], jax.Array]:
+    """`step(params, prefix) -> [G, 2, layers, P, J, E]`, keys and values in `dtype`, compiled."""
+    graphdef, _ = abstract_model(model)
+
+    @jax.jit
+    def step(params: nnx.State, prefix: Prefix) -> jax.Array:
+        return nnx.merge(graphdef, params).read_prefix(prefix, jnp.dtype(dtype))
+
+    return step
+
+
+def make_answer_step(model: ModelConfig) -> Callable[[nnx.State, jax.Array, jax.Array, Responses], jax.Array]:
+    """`step(params, read, prefix_lengths, responses) -> rewards [G, N]`, float32, compiled."""
+    graphdef, _ = abstract_model(model)
+
+    @jax.jit
+    def step(params: nnx.State, read: jax.Array, lengths: jax.Array, responses: Responses) -> jax.Array:
+        return nnx.merge(graphdef, params).rewards_after(read, lengths, responses)
 
     return step
 

@@ -49,6 +49,18 @@ class DecoderLayer(nnx.Module):
     def _heads(self, x: Float[Array, "*B S HE"]) -> Float[Array, "*B S H E"]:
         return x.reshape(*x.shape[:-1], -1, self.head_width)
 
+    def read(self, x: Float[Array, "G P D"], k: Array, v: Array, rope: tuple) -> Float[Array, "G P D"]:
+        """A prefix after the layer; `k` and `v` are its own."""
+        return by_group(self.finish(x, attention(self.queries(x, rope), k, v, causal=True)))
+
+    def answer(
+        self, x: Float[Array, "G K L D"], positions: Array, k: Array, v: Array, prefix_lengths: Array, rope: tuple
+    ) -> Float[Array, "G K L D"]:
+        """Responses after the layer; `k` and `v` are those of their group's prefix."""
+        own_k, own_v = self.keys_values(x, rope)
+        attended = response_attention(self.queries(x, rope), own_k, own_v, positions, k, v, prefix_lengths)
+        return by_group(self.finish(x, attended))
+
     def finish(self, x: Float[Array, "*B S D"], attended: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         x = x + self.o(attended.reshape(*attended.shape[:-2], -1))
         y = self.norm2(x)
@@ -116,20 +128,54 @@ class Decoder(nnx.Module):
         prefix_rope = rope_tables(c, frequencies, jnp.arange(prefix.shape[1])[None])
         response_rope = rope_tables(c, frequencies, prefix_lengths[:, None, None] + positions)
 
-        def step(layer: DecoderLayer, carry: tuple[Array, Array], last: Array | None) -> tuple[Array, Array]:
+        def step(layer: DecoderLayer, carry: tuple[Array, Array], last: Array | None) -> tuple[tuple, None]:
             prefix, responses = carry
             k, v = layer.keys_values(prefix, prefix_rope)
-            own_k, own_v = layer.keys_values(responses, response_rope)
-            q = layer.queries(responses, response_rope)
-            attended = response_attention(q, own_k, own_v, positions, k, v, prefix_lengths)
+            responses = layer.answer(responses, positions, k, v, prefix_lengths, response_rope)
 
-            def finish(prefix: Array) -> Array:
-                return layer.finish(prefix, attention(layer.queries(prefix, prefix_rope), k, v, causal=True))
+            def read(prefix: Array) -> Array:
+                return layer.read(prefix, k, v, prefix_rope)
 
-            prefix = finish(prefix) if last is None else jax.lax.cond(last, lambda x: x, finish, prefix)
-            return by_group(prefix), by_group(layer.finish(responses, attended))
+            prefix = read(prefix) if last is None else jax.lax.cond(last, lambda x: x, read, prefix)
+            return (prefix, responses), None
 
         skips = not whole and c.num_layers > UNROLLED and on_one_cpu()
         last = jnp.arange(c.num_layers) == c.num_layers - 1 if skips else None
-        prefix, responses = apply_layers(self.layers, c.num_layers, step, (prefix, responses), last, remat=c.remat)
+        carry = prefix, responses
+        (prefix, responses), _ = apply_layers(self.layers, c.num_layers, step, carry, last, remat=c.remat)
         return self.norm(prefix), self.norm(responses)
+
+    def keys_values(self, prefix: Float[Array, "G P D"]) -> tuple[Float[Array, "layers G P J E"], ...]:
+        """What responses see of a prefix in every layer: `answer` takes it, now or later.
+
+        Where RoPE looks at the length of a conversation (see `rope.fixed`), it has no place here.
+        """
+        c = self.config
+        rope = rope_tables(c, self._frequencies(), jnp.arange(prefix.shape[1])[None])
+
+        def step(layer: DecoderLayer, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            k, v = layer.keys_values(x, rope)
+            return layer.read(x, k, v, rope), (k, v)
+
+        return apply_layers(self.layers, c.num_layers, step, prefix)[1]
+
+    def _frequencies(self) -> Float[Array, "1 half"]:
+        """Those of short conversations."""
+        return rope_frequencies(self.config, jnp.zeros(1, jnp.int32))
+
+    def answer(
+        self,
+        responses: Float[Array, "G K L D"],
+        positions: Int[Array, "G K L"],
+        keys: Float[Array, "layers G P J E"],
+        values: Float[Array, "layers G P J E"],
+        prefix_lengths: Int[Array, " G"],
+    ) -> Float[Array, "G K L D"]:
+        """Final hidden states of responses to prefixes that were read before: those that `__call__` gives."""
+        c = self.config
+        rope = rope_tables(c, self._frequencies(), prefix_lengths[:, None, None] + positions)
+
+        def step(layer: DecoderLayer, x: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return layer.answer(x, positions, k, v, prefix_lengths, rope), None
+
+        return self.norm(apply_layers(self.layers, c.num_layers, step, responses, keys, values)[0])

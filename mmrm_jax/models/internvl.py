@@ -100,6 +100,11 @@ class InternVL(nnx.Module):
         placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
         return by_group(jnp.where(index[..., None] >= 0, placed, x))
 
+    def read_prefix(self, prefix: Prefix, dtype: jnp.dtype) -> Float[Array, "G 2 layers P J E"]:
+        """Keys and values of each group's prefix in every layer of the decoder."""
+        keys, values = self.decoder.keys_values(self.embed_prefix(prefix, dtype))
+        return by_group(jnp.stack([keys, values]).transpose(2, 0, 1, 3, 4, 5))
+
     def __call__(
         self,
         prefix: Prefix,

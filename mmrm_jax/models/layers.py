@@ -88,7 +88,9 @@ def apply_layers(
     *extra: Array | None,
     remat: Remat = "none",
 ):
-    """Run `step(layer, carry, *extra of that layer) -> carry` over the first `num_layers` stacked layers.
+    """Run `step(layer, carry, *extra of that layer) -> carry, kept` over the first `num_layers` stacked layers.
+
+    Returns the last carry, and what was kept (or None) with an axis of layers before it.
 
     Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody. `remat` says what a backward
     pass finds saved: everything it needs ("none"), results of matrix products with weights ("dots"), or each layer's
@@ -100,9 +102,9 @@ def apply_layers(
 
     def body(carry, of_layer):
         layer_params, extra = of_layer
-        return step(nnx.merge(graphdef, layer_params), carry, *extra), None
+        return step(nnx.merge(graphdef, layer_params), carry, *extra)
 
     if remat != "none" or (on_one_cpu() and not unrolled):
         # Inside a loop the compiler cannot undo it by sharing what is computed twice.
         body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=unrolled)
-    return jax.lax.scan(body, carry, stacked, unroll=unrolled or 1)[0]
+    return jax.lax.scan(body, carry, stacked, unroll=unrolled or 1)

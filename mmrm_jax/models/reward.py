@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mmrm_jax.config import ModelConfig
 from mmrm_jax.models.internvl import InternVL
@@ -39,12 +39,25 @@ class RewardModel(InternVL):
     ) -> Float[Array, "G N D"]:
         """The final hidden state of each response's last token in float32: what the score is read from."""
         _, hidden = self(prefix, responses, dtype, keys, whole=False)
-        with jax.named_scope("score"):
-            rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-            final = jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1)
-            return final.astype(jnp.float32)
+        return _at_last(hidden, responses)
+
+    def rewards_after(
+        self, read: Float[Array, "G 2 layers P J E"], prefix_lengths: Int[Array, " G"], responses: Responses
+    ) -> Float[Array, "G N"]:
+        """`rewards` of responses to prefixes that `read_prefix` read before, in the dtype in which it did."""
+        keys, values = jnp.moveaxis(read, 0, 2)
+        embedded = self.decoder.embed(responses.tokens, read.dtype)
+        hidden = self.decoder.answer(embedded, responses.positions, keys, values, prefix_lengths)
+        return self.score_of(_at_last(hidden, responses))
 
     def score_of(self, pooled: Float[Array, "G N D"]) -> Float[Array, "G N"]:
         """Rewards from pooled hidden states."""
         with jax.named_scope("score"):
             return pooled @ self.score[...]
+
+
+@jax.named_scope("score")
+def _at_last(hidden: Float[Array, "G K L D"], responses: Responses) -> Float[Array, "G N D"]:
+    """The hidden state of each response's last token in float32."""
+    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+    return jnp.take_along_axis(rows, jnp.maximum(responses.last, 0)[..., None], axis=1).astype(jnp.float32)

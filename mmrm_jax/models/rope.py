@@ -38,6 +38,15 @@ def rope_frequencies(config: DecoderConfig, lengths: Int[Array, " G"]) -> Float[
             return jnp.asarray(1 / powers)[None]
 
 
+def fixed(config: DecoderConfig, max_length: int) -> bool:
+    """Whether the frequencies are the same for all conversations of up to `max_length` tokens."""
+    match config.rope_scaling:
+        case DynamicRope(max_length=threshold) | LongRope(original_length=threshold):
+            return max_length <= threshold
+        case _:
+            return True
+
+
 def _llama3(frequency: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
     """Wavelengths above original_length / low_factor are stretched, those below original_length / high_factor kept."""
     turns = scaling.original_length * frequency / (2 * np.pi)

@@ -128,7 +128,7 @@ class VisionTower(nnx.Module):
         depth = select_layer if select_layer >= 0 else c.num_layers + 1 + select_layer
         keep = None if keys is None or not c.drop_path_rate else drop_path(c.drop_path_rate, c.num_layers, keys)
 
-        def step(layer: VisionLayer, x: Array, keep: Array | None) -> Array:
-            return by_group(layer(x, keep))
+        def step(layer: VisionLayer, x: Array, keep: Array | None) -> tuple[Array, None]:
+            return by_group(layer(x, keep)), None
 
-        return apply_layers(self.layers, depth, step, by_group(x), keep, remat=c.remat)
+        return apply_layers(self.layers, depth, step, by_group(x), keep, remat=c.remat)[0]

@@ -27,6 +27,7 @@ from mmrm_jax.serve.batcher import QueueFullError
 from mmrm_jax.serve.engine import Engine, Found
 from mmrm_jax.serve.guard import Guard
 from mmrm_jax.serve.metrics import Metrics
+from mmrm_jax.serve.prefixes import Asked
 from mmrm_jax.serve.settings import Limits
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -63,16 +64,27 @@ class Json(JSONResponse):
         return json.dumps(content, allow_nan=False).encode("ascii")
 
 
-def make_app(scorer: Scorer, name: str, limits: Limits, *, token: str | None = None, warm: bool = True) -> FastAPI:
-    """The server of one model, called `name`; with `warm` it is ready once its common shapes are compiled."""
+def make_app(
+    scorer: Scorer,
+    name: str,
+    limits: Limits,
+    *,
+    token: str | None = None,
+    prefix_cache: int = 2**30,
+    warm: bool = True,
+) -> FastAPI:
+    """The server of one model, called `name`; with `warm` it is ready once its common shapes are compiled.
+
+    `prefix_cache` is how many bytes of what image and prompt became are kept for the next responses to them.
+    """
     metrics = Metrics()
-    engine = Engine(scorer, limits, metrics)
+    engine = Engine(scorer, limits, metrics, prefix_cache=prefix_cache)
     template = scorer.checkpoint.processor.chat.template
     ready = threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        warming = threading.Thread(target=_warm, args=(scorer, ready, metrics, warm), daemon=True)
+        warming = threading.Thread(target=_warm, args=(engine, ready, warm), daemon=True)
         warming.start()
         yield
         ready.clear()
@@ -218,18 +230,20 @@ def _add_problems(app: FastAPI) -> None:
         return Json({"detail": error.detail}, error.status_code, headers=error.headers)
 
 
-def _warm(scorer: Scorer, ready: threading.Event, metrics: Metrics, warm: bool) -> None:
+def _warm(engine: Engine, ready: threading.Event, warm: bool) -> None:
     """Compile what common requests run through: with and without an image, of one, two and four responses."""
+    scorer, prefixes = engine.scorer, engine.prefixes
     if warm:
         side = scorer.checkpoint.processor.preprocessing.image_size
         features = scorer.features(np.full((1, side, side, 3), 255, np.uint8))
         for shown in ([], [features]):
             for responses in (1, 2, 4):
                 for branch in scorer.views:
-                    groups = scorer.encode(shown, "What is this?", ["An answer."] * responses, proxy=branch == "proxy")
-                    scorer.rewards(groups, branch)  # type: ignore[arg-type]
+                    answers, proxy = ["An answer."] * responses, branch == "proxy"
+                    group = scorer.encode(shown, "What is this?", answers, proxy=proxy, alone=prefixes.on)[0]
+                    prefixes.rewards([Asked(group, b"of no image's bytes")], branch)  # type: ignore[arg-type]
     ready.set()
-    metrics.ready.set(1)
+    engine.metrics.ready.set(1)
 
 
 def _usage(found: Sequence[Found]) -> schemas.Usage:

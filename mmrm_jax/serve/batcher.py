@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from mmrm_jax.data.batching import EncodedGroup
-from mmrm_jax.eval.scorer import Branch, Rewards, Scorer
+from mmrm_jax.eval.scorer import Branch, Rewards
+from mmrm_jax.serve.prefixes import Asked, Prefixes
 
 
 class QueueFullError(Exception):
@@ -21,7 +21,7 @@ class QueueFullError(Exception):
 class Waiting:
     """A group that is to be scored, since when, and where its rewards go."""
 
-    group: EncodedGroup
+    asked: Asked
     branch: Branch
     key: tuple
     since: float
@@ -37,13 +37,13 @@ class Batcher:
 
     def __init__(
         self,
-        scorer: Scorer,
+        prefixes: Prefixes,
         *,
         queue: int,
         wait: float = 0.003,
         on_batch: Callable[[int, float], None] = lambda groups, seconds: None,
     ):
-        self.scorer, self.queue, self.wait, self.on_batch = scorer, queue, wait, on_batch
+        self.prefixes, self.queue, self.wait, self.on_batch = prefixes, queue, wait, on_batch
         self._waiting: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -54,10 +54,10 @@ class Batcher:
         """Groups that wait."""
         return len(self._waiting)
 
-    def submit(self, groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Future[Rewards]]:
+    def submit(self, groups: Sequence[Asked], branch: Branch = "primary") -> list[Future[Rewards]]:
         """The rewards of each group, later. Raises QueueFullError where that is more than may wait."""
-        now = time.monotonic()
-        asked = [Waiting(g, branch, (branch, self.scorer.ladder.shape(g.shape).key), now, Future()) for g in groups]
+        now, ladder = time.monotonic(), self.prefixes.scorer.ladder
+        asked = [Waiting(g, branch, (branch, ladder.shape(g.group.shape).key), now, Future()) for g in groups]
         with self._changed:
             if self._closing:
                 raise QueueFullError("the server is stopping")
@@ -81,7 +81,7 @@ class Batcher:
                 continue
             started = time.monotonic()
             try:
-                rewards = self.scorer.rewards([each.group for each in chosen], chosen[0].branch)
+                rewards = self.prefixes.rewards([each.asked for each in chosen], chosen[0].branch)
             except BaseException as error:
                 for each in chosen:
                     each.future.set_exception(error)
@@ -92,6 +92,7 @@ class Batcher:
 
     def _next(self) -> list[Waiting] | None:
         """The next batch, taken from what waits; None when all is done and the server stops."""
+        most = self.prefixes.scorer.batch_size
         with self._changed:
             while True:
                 if not self._waiting:
@@ -100,9 +101,9 @@ class Batcher:
                     self._changed.wait()
                     continue
                 oldest = self._waiting[0]
-                alike = [each for each in self._waiting if each.key == oldest.key][: self.scorer.batch_size]
+                alike = [each for each in self._waiting if each.key == oldest.key][:most]
                 left = oldest.since + self.wait - time.monotonic()
-                if len(alike) < self.scorer.batch_size and left > 0 and not self._closing:
+                if len(alike) < most and left > 0 and not self._closing:
                     self._changed.wait(left)
                     continue
                 taken = set(map(id, alike))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mmrm_jax.data.batching import EncodedGroup
 from mmrm_jax.eval.scorer import Branch, Scorer
 from mmrm_jax.serve.asks import Ask
 from mmrm_jax.serve.batcher import Batcher
 from mmrm_jax.serve.metrics import Metrics
 from mmrm_jax.serve.pictures import Pictures
+from mmrm_jax.serve.prefixes import Asked, Prefixes
 from mmrm_jax.serve.settings import Limits
 
 THREADS = 4  # that decode images and tokenise
@@ -33,13 +34,15 @@ class Found:
 class Engine:
     """One model behind its batcher."""
 
-    def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics):
+    def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics, *, prefix_cache: int):
         self.scorer, self.limits, self.metrics = scorer, limits, metrics
-        self.batcher = Batcher(scorer, queue=limits.queue, on_batch=metrics.on_batch)
+        self.prefixes = Prefixes(scorer, prefix_cache)
+        self.batcher = Batcher(self.prefixes, queue=limits.queue, on_batch=metrics.on_batch)
         self.pictures = Pictures(scorer, limits.pixels)
         self.pool = ThreadPoolExecutor(THREADS, "encoder")
         metrics.waiting.set_function(lambda: len(self.batcher))
-        metrics.image_hits.set_function(lambda: self.pictures.hits)
+        metrics.image_hits.set_function(lambda: self.pictures.kept.hits)
+        metrics.prefix_hits.set_function(lambda: self.prefixes.kept.hits)
 
     @property
     def has_proxy(self) -> bool:
@@ -71,14 +74,14 @@ class Engine:
         by_branch = [rewards[: len(groups)], rewards[len(groups) :]]
         return [self._found(parts, by_branch, proxy) for parts in _slices(encoded)]
 
-    def _found(self, place: tuple[slice, list[EncodedGroup]], by_branch: list[list], proxy: bool) -> Found:
+    def _found(self, place: tuple[slice, list[Asked]], by_branch: list[list], proxy: bool) -> Found:
         where, parts = place
         primary, text = (np.concatenate(rows[where]).tolist() if rows else None for rows in by_branch)
         assert primary is not None
         if not np.all(np.isfinite(primary)):
             raise RuntimeError("the model gives rewards that are not finite; are its weights finite?")
-        prompt = len(parts[0].prefixes["primary"].tokens)
-        responses = sum(len(tokens) for group in parts for tokens in group.responses)
+        prompt = len(parts[0].group.prefixes["primary"].tokens)
+        responses = sum(len(tokens) for part in parts for tokens in part.group.responses)
         return Found(primary, text if proxy else None, prompt, prompt + responses)
 
     def _check(self, asks: Sequence[Ask]) -> None:
@@ -93,9 +96,11 @@ class Engine:
             if count > (most := getattr(limits, name)):
                 raise ValueError(f"the request has {count} {name}; at most {most} are allowed")
 
-    def _encode(self, ask: Ask, proxy: bool) -> list[EncodedGroup]:
+    def _encode(self, ask: Ask, proxy: bool) -> list[Asked]:
         features = [self.pictures.of(image) for image in ask.images]
-        return self.scorer.encode(features, ask.prompt, ask.responses, proxy=proxy)
+        groups = self.scorer.encode(features, ask.prompt, ask.responses, proxy=proxy, alone=self.prefixes.on)
+        images = b"".join(hashlib.sha256(image).digest() for image in ask.images)
+        return [Asked(group, images) for group in groups]
 
     def close(self) -> None:
         """Score what waits, and end the threads."""
@@ -103,7 +108,7 @@ class Engine:
         self.pool.shutdown()
 
 
-def _slices(encoded: Sequence[list[EncodedGroup]]) -> list[tuple[slice, list[EncodedGroup]]]:
+def _slices(encoded: Sequence[list[Asked]]) -> list[tuple[slice, list[Asked]]]:
     found, start = [], 0
     for parts in encoded:
         found.append((slice(start, start + len(parts)), parts))

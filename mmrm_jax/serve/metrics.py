@@ -33,6 +33,10 @@ class Metrics:
         self.ready = Gauge("mmrm_ready", "1 once the model is warm, 0 before and while stopping.", registry=registry)
         self.image_hits = Gauge("mmrm_image_cache_hits", "Images whose features were known.", registry=registry)
 
+        self.prefix_hits = Gauge(
+            "mmrm_prefix_cache_hits", "Groups whose image and prompt were read before.", registry=registry
+        )
+
     def on_batch(self, groups: int, seconds: float) -> None:
         """Of a batch that ran."""
         self.batches.observe(groups)

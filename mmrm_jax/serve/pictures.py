@@ -6,13 +6,12 @@ import base64
 import binascii
 import hashlib
 import re
-import threading
-from collections import OrderedDict
 
 import numpy as np
 
 from mmrm_jax.data.images import ImageError, load_image, tile_image
 from mmrm_jax.eval.scorer import Scorer
+from mmrm_jax.serve.kept import Kept
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -35,32 +34,21 @@ def from_data_url(url: str, name: str) -> bytes:
 
 
 class Pictures:
-    """The vision tower's features of images by their bytes; the least recently used are forgotten beyond `capacity`.
+    """The vision tower's features of images, kept by their bytes.
 
     Reward training asks about the same image again and again, and the tower is much of what an answer costs.
     """
 
     def __init__(self, scorer: Scorer, max_pixels: int, capacity: int = 2**30):
-        self.scorer, self.max_pixels, self.capacity = scorer, max_pixels, capacity  # in bytes
-        self.hits = 0
-        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._size = 0
-        self._lock = threading.Lock()
+        self.scorer, self.max_pixels = scorer, max_pixels
+        self.kept = Kept(capacity)
 
     def of(self, image: bytes) -> np.ndarray:
         """Features [T, V, I]. Raises ImageError where the bytes are no image, or one of too many pixels."""
         digest = hashlib.sha256(image).digest()
-        with self._lock:
-            if digest in self._kept:
-                self._kept.move_to_end(digest)
-                self.hits += 1
-                return self._kept[digest]
-        tiles = tile_image(load_image(image, self.max_pixels), self.scorer.checkpoint.processor.preprocessing)
-        features = self.scorer.features(tiles)
-        with self._lock:
-            if digest not in self._kept:
-                self._kept[digest] = features
-                self._size += features.nbytes
-            while self._size > self.capacity and len(self._kept) > 1:
-                self._size -= self._kept.popitem(last=False)[1].nbytes
-        return features
+        found = self.kept.get(digest)
+        if found is None:
+            tiles = tile_image(load_image(image, self.max_pixels), self.scorer.checkpoint.processor.preprocessing)
+            found = self.scorer.features(tiles)
+            self.kept.put(digest, found)
+        return found

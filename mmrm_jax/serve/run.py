@@ -27,12 +27,15 @@ def serve(
     dtype: Literal["float32", "bfloat16"],
     batch_size: int,
     limits: Limits,
+    prefix_cache_mib: int,
     console: Console,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way are answered.
 
-    Raises ValueError where the folder is no reward model or the token is empty.
+    Raises ValueError where the folder is no reward model, the token is empty, or a size is below 0.
     """
+    if prefix_cache_mib < 0:
+        raise ValueError(f"prefix_cache_mib is {prefix_cache_mib}; it must be at least 0")
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
     if token == "":
         raise ValueError(f"{token_file} is empty; it must hold the token that clients are to send")
@@ -45,7 +48,7 @@ def serve(
         console.print(
             f"{host} can be reached from other machines, and anyone may ask: give --token-file", style="yellow"
         )
-    app = make_app(scorer, name or model.resolve().name, limits, token=token)
+    app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
     console.print(f"http://{host}:{port}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)
     seconds = round(limits.seconds)
     config = uvicorn.Config(

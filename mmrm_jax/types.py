@@ -7,6 +7,7 @@ the data layer speaks groups: a preference pair is N = 2 with one comparison, VL
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Group:
     `image` is a file path, the encoded bytes themselves, or None for a text-only record; `more_images` are those that
     a prompt has beside it, in order. `file` and `row` (1-based) say where the record came from, for error messages;
     `image_name` is the path as the record gives it, `joined` has (file, row, id) of each record where several were made
-    one group; `caption` says in words what the images show.
+    one group; `caption` says in words what the images show. `history` are the turns before the prompt, of the user and
+    the assistant in turn.
     """
 
     id: str
@@ -50,6 +52,15 @@ class Group:
     joined: tuple[tuple[str, int, str], ...] = ()
     more_images: tuple[Path | bytes, ...] = ()
     caption: str | None = None
+    history: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """What the responses answer, for people and for comparing: the prompt, after the turns before it."""
+        if not self.history:
+            return self.prompt
+        speakers = itertools.cycle(("User", "Assistant"))
+        return "\n".join(f"{who}: {text}" for who, text in zip(speakers, (*self.history, self.prompt), strict=False))
 
     @property
     def images(self) -> tuple[Path | bytes, ...]:

@@ -280,6 +280,10 @@ def test_a_chat_template_spells_its_conversation(name):
     image = "<img><IMG_CONTEXT></img>"
     rendered = template.render(messages=messages).replace("<IMG_CONTEXT>", image)
     assert rendered == spell(TEMPLATES[name].pieces(("", "\nWhat?"), (1,), "A “pear”\n."))
+    if TEMPLATES[name].before_next is not None:
+        more = template.render(messages=[*messages, messages[0], {"role": "assistant", "content": " No. "}])
+        pieces = TEMPLATES[name].pieces(("", "\nWhat?"), (1, 1), " No. ", [(("", "\nWhat?"), "A “pear”\n.")])
+        assert more.replace("<IMG_CONTEXT>", image) == spell(pieces)
     asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
     assert asked.rstrip() == spell(TEMPLATES[name].pieces(("", "\nWhat?"), (1,), "")).rstrip()
 

@@ -17,6 +17,7 @@ from mmrm_jax.data.formats import FORMATS, format_of
 from mmrm_jax.data.formats.fields import RowError
 from mmrm_jax.data.records import DataError, read_groups, split_format
 from mmrm_jax.data.scoring import read_scoring
+from mmrm_jax.data.tfds.features import decode_group, encode_group
 from mmrm_jax.types import Comparison
 
 
@@ -217,6 +218,40 @@ def test_text_only_and_several_images(folder: Path) -> None:
     assert [row.lines[0]["img_path"] for row in read_scoring(folder / "f.jsonl", None)] == [None, *[both] * 4]
 
 
+SAID = ["q", "a"]
+
+
+def test_turns_before_the_prompt_are_its_history(folder: Path) -> None:
+    """In every format that has turns: images stand in the first of them, or in the one that says so."""
+    first = [user("<image>\nq"), gpt("a")]
+    q, a, p = (dict(zip(("role", "content"), m)) for m in (("user", "<image>q"), ("assistant", "a"), ("user", "p")))
+    rows = [
+        {**POVID, **{name: [*first, *POVID[name]] for name in ("conversations", "rejected_conversations")}},
+        {**LLAVA, "conversations": [*first, user("p")]},
+        {**FACTORY, "conversations": [*first, user("p")]},
+        {**FACTORY, "conversations": [user("q"), gpt("a"), user("p <image> ?")]},
+        {**SWIFT, "messages": [q, a, p, SWIFT["messages"][1]]},
+        {**TRL, "prompt": [message("user", ..., "q"), a, p]},
+        {**PART, "image": "i.png", "history": SAID},
+        {"prompt": "p", "img_path": "i.png", "responses": ["good", "bad"], "history": SAID},
+    ]
+    groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
+    assert quarantined == [] and [len(g.images) for g in groups] == [1] * len(rows)
+    assert [g.history for g in groups] == [
+        *[("q", "a")] * 2,
+        ("<image>\nq", "a"),
+        ("q", "a"),
+        ("<image>q", "a"),
+        ("<image>\nq", "a"),
+        *[("q", "a")] * 2,
+    ]
+    assert [g.prompt for g in groups] == ["p", "p", "p", "p \n<image>\n ?", "p", "p", "p", "p"]
+    assert groups[0].asked == "User: q\nAssistant: a\nUser: p"
+    assert all(decode_group(encode_group(g)).history == g.history for g in groups)
+    lines = [row.lines[0] for row in read_scoring(folder / "f.jsonl", None)]
+    assert [(line["prompt"], tuple(line["history"])) for line in lines] == [(g.prompt, g.history) for g in groups]
+
+
 BROKEN = {
     "povid turns": ({**POVID, "conversations": "x"}, "wrong type: 'conversations' is a text; it must be a list"),
     "povid turn": (
@@ -228,10 +263,20 @@ BROKEN = {
         {**POVID, "rejected_conversations": [user("q"), gpt("bad")]},
         "different prompts: 'conversations' and 'rejected_conversations' do not ask the same",
     ),
-    "povid long": (
-        {**POVID, "conversations": [user("p"), gpt("a"), user("q"), gpt("good")]},
-        "not one turn: 'conversations' has 3 turns before the answer (user, assistant, user)",
+    "povid twice": (
+        {**POVID, "conversations": [user("p"), user("q"), gpt("good")]},
+        "wrong speaker: turn 2 of 'conversations' is of 'user'; it must be the assistant's (gpt)",
     ),
+    "povid long": (
+        {**POVID, "conversations": [user("p"), gpt("a"), gpt("good")]},
+        "wrong speaker: 'conversations' has two turns of the assistant at its end",
+    ),
+    "povid bare": (
+        {**POVID, "conversations": [gpt("good")]},
+        "no prompt: 'conversations' has no turn before the answer",
+    ),
+    "pairs history": ({**PART, "image": "i.png", "history": ["q"]}, "wrong turns: 1 before the prompt"),
+    "pairs said": ({**PART, "image": "i.png", "history": ["q", 3]}, "wrong type: 'history[1]' is a number"),
     "povid empty": (
         {**POVID, "rejected_conversations": [user("p"), gpt(" ")]},
         "empty response: 'rejected_conversations[1].value' has no text",
@@ -256,7 +301,7 @@ BROKEN = {
     "trl same": ({**TRL, "rejected": [GOOD]}, "identical responses: 'chosen[0].content' and 'rejected[0].content'"),
     "trl system": (
         {**TRL, "prompt": [message("system", "s"), ASKED]},
-        "not one turn: 'prompt' has 2 turns before the answer (system, user)",
+        "wrong speaker: turn 1 of 'prompt' is of 'system'; it must be the user's (human); the chat templa",
     ),
     "trl answer": ({**TRL, "chosen": [GOOD, ASKED]}, "'chosen' has 2 turns after the prompt; a response is one turn"),
     "trl prompt": ({**without(PART, "prompt"), "images": []}, "missing field: the row has no 'prompt'"),

@@ -171,7 +171,7 @@ def test_documents_are_ranked(client: httpx.Client, rm: Scorer) -> None:
 def test_a_rendered_conversation_is_read_back(name: str) -> None:
     template = TEMPLATES[name]
     text = "".join(p if isinstance(p, str) else p.token for p in template.pieces(("What?\nNow",), (), "A.\nB"))
-    assert rendered(text, template) == ("What?\nNow", "A.\nB")
+    assert rendered(text, template) == ["What?\nNow", "A.\nB"]
     assert rendered("What? " + text, template) is None and rendered("", template) is None
 
 

@@ -17,6 +17,7 @@ from mmrm_jax.data.templates import (
     find_template,
     spell,
     split_at_images,
+    split_turns,
     without_images,
 )
 
@@ -119,6 +120,44 @@ def test_where_several_images_stand(prompt: str, parts: tuple[str, ...], text: s
     spelt = spell(TEMPLATES["chatml-plain"].pieces(parts, (1, 2), "A."))
     one, two = ("<img>" + "<IMG_CONTEXT>" * n + "</img>" for n in (1, 2))
     assert f"user\n{parts[0]}{one}{parts[1]}{two}{parts[2]}<|im_end|>" in spelt
+
+
+def test_several_turns_by_hand() -> None:
+    """Each turn as the one before it; the system message comes once; images stand where the user's turns say."""
+    chat = TEMPLATES["internvl2_5"]
+    history = [(("", "\nWhat?"), "A cat."), (("And ", "?"), "A dog.")]
+    spelt = spell(chat.pieces(("Sure?",), (1, 2), "Yes.", history))
+    assert spelt.count("书生·万象") == 1 and spelt.endswith(
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+        "<|im_start|>user\nAnd <img><IMG_CONTEXT><IMG_CONTEXT></img>?<|im_end|>\n"
+        "<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    )
+    stripped = spell(TEMPLATES["internlm2-chat"].pieces((" Sure? ",), (), " Yes. ", [((" What? ",), " A cat. ")]))
+    assert stripped.endswith(
+        "user\nWhat?<|im_end|><|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|>"
+        "<|im_start|>assistant\nYes.<|im_end|>"
+    )
+    with pytest.raises(ValueError, match="internvl_zh is of one turn; the conversation has 2"):
+        TEMPLATES["internvl_zh"].pieces(("b",), (), "c", [(("a",), "b")])
+    with pytest.raises(ValueError, match="fewer places"):
+        chat.pieces(("Sure?",), (1,), "Yes.", [(("What?",), "A cat.")])
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "parts"),
+    [
+        (["a", "b"], 0, [("a",), ("b",)]),
+        (["a", "b"], 1, [("", "\na"), ("b",)]),
+        (["a", "<image>\nb"], 1, [("a",), ("", "\nb")]),
+        (["is <image> a tag?", "b"], 1, [("", "\nis <image> a tag?"), ("b",)]),
+        (["<image>a", "b <image>"], 2, [("", "a"), ("b ", "")]),
+        (["a", "<image><image>b"], 2, [("a",), ("", "", "b")]),
+        (["a", "b"], 2, [("", "\n", "\na"), ("b",)]),
+    ],
+)
+def test_where_images_stand_in_several_turns(asked, images, parts) -> None:
+    assert split_turns(asked, images) == parts
 
 
 NATIVE = (

@@ -70,7 +70,7 @@ def _example(pairs: Pairs, c: int, kind: Literal["right", "wrong"], baseline: st
         id=group.id,
         row=group.row,
         images=group.encoded_images(),
-        prompt=group.prompt,
+        prompt=group.asked,
         chosen=group.responses[pairs.winner[c]],
         rejected=group.responses[pairs.loser[c]],
     )

@@ -93,7 +93,7 @@ def index_comparisons(
                 continue
             numbers = [texts.setdefault(text, len(texts)) for text in group.responses]
             image = images.setdefault(group_identity(group, known), len(images))
-            prompt = prompts.setdefault(group.prompt, len(prompts))
+            prompt = prompts.setdefault(group.asked, len(prompts))
             rows += [(index, c.winner, c.loser, numbers[c.winner], numbers[c.loser], image, prompt) for c in judged]
         read.append((np.asarray(rows, np.int64).reshape(-1, 7).T, ties, shown))
     fields = ("group", "winner", "loser", "chosen", "rejected", "image", "prompt")

@@ -107,7 +107,8 @@ def text_margins(scorer: Scorer, items: Sequence[Item]) -> np.ndarray | None:
         beside = with_proxy(scorer)
     except ValueError:
         return None
-    asked = [(list(item.group.images) or None, item.group.prompt, item.group.responses) for item in items]
+    groups = [item.group for item in items]
+    asked = [(list(group.images) or None, group.prompt, group.responses, group.history) for group in groups]
     rewards = beside.score_many(asked, "proxy")
     pairs = (item.group.comparisons[0] for item in items)
     return np.asarray([float(r[c.winner] - r[c.loser]) for r, c in zip(rewards, pairs, strict=True)], np.float64)

@@ -39,7 +39,7 @@ class Overlap:
 
 def seen(group: Group, known: dict[Path, str]) -> Seen:
     """A group as `overlaps` takes it; raises DataError where an image cannot be read (see `image_identities`)."""
-    return Seen(group.file, group.row, group.id, tuple(image_identities(group, known)), group.prompt)
+    return Seen(group.file, group.row, group.id, tuple(image_identities(group, known)), group.asked)
 
 
 def overlaps(splits: Mapping[str, Sequence[Seen]]) -> list[Overlap]:

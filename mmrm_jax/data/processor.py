@@ -17,7 +17,7 @@ from mmrm_jax.data.buckets import GroupShape
 from mmrm_jax.data.folder import read_object, read_optional, write_object
 from mmrm_jax.data.images import Preprocessing, image_size, load_image, tile_count, tile_image
 from mmrm_jax.data.templates import TEMPLATES, Template, find_template
-from mmrm_jax.data.text import ChatTokenizer, encode_texts
+from mmrm_jax.data.text import ChatTokenizer, GroupTokens, encode_texts
 from mmrm_jax.types import Group
 
 # What `Processor.save` writes; where a folder has it, it is all that counts beside the tokenizer's files.
@@ -97,8 +97,12 @@ class Processor:
         if shown is None:
             shown = [self.tiles(image, change) for image in group.images] if _looks(views) else []
         counts = [len(tiles) for tiles in shown]
-        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length, group.caption)
+        text = self._texts(group, counts, views)
         return EncodedGroup(index, text.prefixes, text.responses, joined(shown), group.comparisons)
+
+    def _texts(self, group: Group, tiles: Sequence[int], views: dict[str, BranchInput]) -> GroupTokens:
+        g = group
+        return encode_texts(self.chat, g.prompt, g.responses, tiles, views, self.max_length, g.caption, g.history)
 
     def tiles(self, image: Path | bytes, change: Change = unchanged) -> UInt8[np.ndarray, "T S S 3"]:
         """The tiles of an image after `change`; raises ImageError where it cannot be read."""
@@ -108,7 +112,7 @@ class Processor:
         """The padded sizes a group needs, from its text and image header alone; raises as `encode` does."""
         images = group.images if _looks(views) else ()
         counts = [tile_count(*image_size(image), self.preprocessing) for image in images]
-        text = encode_texts(self.chat, group.prompt, group.responses, counts, views, self.max_length, group.caption)
+        text = self._texts(group, counts, views)
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in text.prefixes.items()},
             responses=tuple(map(len, text.responses)),

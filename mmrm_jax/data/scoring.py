@@ -27,9 +27,9 @@ from mmrm_jax.types import Group
 class ScoringRow:
     """One row of a file (1-based), as the lines of output that it gives, one a response, in order.
 
-    A line has "id", "prompt", "img_path" and "response" as far as they are known, and "error" where the response cannot
-    be scored. `group` holds the other responses, in order; it is None where there are none. A row whose responses
-    cannot be told has one line, with "file", "row" and "error".
+    A line has "id", "prompt", "img_path" and "response" as far as they are known, "history" where turns come before
+    the prompt, and "error" where the response cannot be scored. `group` holds the other responses, in order; it is None
+    where there are none. A row whose responses cannot be told has one line, with "file", "row" and "error".
     """
 
     file: str
@@ -78,7 +78,8 @@ def scoring_row(row: Any, origin: Origin, form: Format | None = None) -> Scoring
 
 def row_of_group(group: Group) -> ScoringRow:
     """The row of a group of a prepared data set, in which every response can be scored."""
-    place = {"id": group.id, "prompt": group.prompt, "img_path": group.image_name}
+    place: dict[str, Any] = {"id": group.id, "prompt": group.prompt, "img_path": group.image_name}
+    place |= {"history": list(group.history)} if group.history else {}
     return ScoringRow(group.file, group.row, tuple(place | {"response": r} for r in group.responses), group)
 
 
@@ -95,7 +96,9 @@ def _known(row: dict[str, Any], origin: Origin, record: Record) -> dict[str, Any
     shown = {"img_path": names[0] if len(names) == 1 else names} if names else {}
     if not record.images:
         shown = {"img_path": None}
-    return {"id": identity(row, origin)} | _texts({"prompt": record.prompt.value}) | shown
+    before = [field.value for field in record.history]
+    said = {"history": before} if before and all(isinstance(text, str) for text in before) else {}
+    return {"id": identity(row, origin)} | _texts({"prompt": record.prompt.value}) | said | shown
 
 
 def _texts(fields: dict[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def group_identity(group: Group, known: dict[Path, str]) -> str:
 def image_identities(group: Group, known: dict[Path, str]) -> list[str]:
     """A hash of each of the group's images, or of its prompt where there is none; as `group_identity` for one."""
     if not group.images:
-        return ["prompt:" + _digest(group.prompt.encode())]
+        return ["prompt:" + _digest(group.asked.encode())]
     return [_image_identity(image, group, known) for image in group.images]
 
 
@@ -246,7 +246,7 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
             image = "unreadable"
         comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
         caption = [] if group.caption is None else [group.caption]
-        return json.dumps([group.id, group.prompt, group.responses, comparisons, image, *caption])
+        return json.dumps([group.id, group.asked, group.responses, comparisons, image, *caption])
 
     total = hashlib.sha256()
     for start in range(0, len(source), _BLOCK):

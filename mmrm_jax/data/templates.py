@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mmrm_jax.data.folder import read_object, read_optional, why
@@ -44,9 +44,10 @@ Piece = Special | ImageSlots | str
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A chat format for one user turn and one assistant turn, as pieces around the prompt and the response.
+    """A chat format, as pieces around the prompt and the response.
 
-    With `strip` both messages lose the white space around them, as InternVL does for InternLM2.
+    `before_next` stands between a message of the assistant and the user's next one; None where a format has one turn of
+    each alone. With `strip` messages lose the white space around them, as InternVL does for InternLM2.
     """
 
     name: str
@@ -54,23 +55,47 @@ class Template:
     before_response: tuple[Piece, ...]
     after_response: tuple[Piece, ...]
     strip: bool = False
+    before_next: tuple[Piece, ...] | None = None
 
-    def pieces(self, prompt: Sequence[str], slots: Sequence[int], response: str) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        prompt: Sequence[str],
+        slots: Sequence[int],
+        response: str,
+        history: Sequence[tuple[Sequence[str], str]] = (),
+    ) -> tuple[Piece, ...]:
         """The whole conversation; images of so many slots stand between the prompt's parts, one more than images.
 
-        An empty response leaves the assistant's header alone, without its last space and without an end of turn.
+        `history` are the turns before, each the parts of the user's message and the assistant's answer; its images come
+        first in `slots`. An empty response leaves the assistant's header alone, without its last space and without an
+        end of turn. Raises ValueError where the format has no form for several turns.
         """
-        if self.strip:
-            first, *rest = prompt
-            *inner, last = [first.lstrip(), *rest]
-            prompt, response = [*inner, last.rstrip()], response.strip()
-        head: list[Piece] = [*self.before_prompt, prompt[0]]
-        for count, text in zip(slots, prompt[1:], strict=True):
-            head += [Special(IMAGE_START), ImageSlots(count), Special(IMAGE_END), text]
+        if history and self.before_next is None:
+            raise ValueError(f"the chat format {self.name} is of one turn; the conversation has {len(history) + 1}")
+        counts = iter(slots)
+        head = list(self.before_prompt)
+        for parts, answer in history:
+            said = answer.strip() if self.strip else answer
+            head += [*self._message(parts, counts), *self.before_response, said, *(self.before_next or ())]
+        head += self._message(prompt, counts)
+        if next(counts, None) is not None:
+            raise ValueError(f"{len(slots)} images, and fewer places for them")
+        response = response.strip() if self.strip else response
         if response:
             return (*head, *self.before_response, response, *self.after_response)
         *header, last = self.before_response
         return (*head, *header, last.removesuffix(" ") if isinstance(last, str) else last)
+
+    def _message(self, parts: Sequence[str], counts: Iterator[int]) -> list[Piece]:
+        """A message of the user with its images between its parts."""
+        if self.strip:
+            first, *rest = parts
+            *inner, last = [first.lstrip(), *rest]
+            parts = [*inner, last.rstrip()]
+        found: list[Piece] = [parts[0]]
+        for text in parts[1:]:
+            found += [Special(IMAGE_START), ImageSlots(next(counts)), Special(IMAGE_END), text]
+        return found
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -91,6 +116,14 @@ def split_at_images(prompt: str, images: int) -> tuple[str, ...]:
     if images > 1 and prompt.count(IMAGE_PLACEHOLDER) == images:
         return tuple(prompt.split(IMAGE_PLACEHOLDER))
     return ("", *["\n"] * (images - 1), "\n" + prompt) if images else (prompt,)
+
+
+def split_turns(asked: Sequence[str], images: int) -> list[tuple[str, ...]]:
+    """`split_at_images` of the user's messages of a conversation, whose images stand wherever these say."""
+    if images > 1 and sum(text.count(IMAGE_PLACEHOLDER) for text in asked) == images:
+        return [tuple(text.split(IMAGE_PLACEHOLDER)) for text in asked]
+    first = next((i for i, text in enumerate(asked) if images == 1 and _PLACE.search(text)), 0)
+    return [split_at_images(text, images if i == first else 0) for i, text in enumerate(asked)]
 
 
 def without_images(parts: Sequence[str]) -> str:
@@ -138,7 +171,8 @@ def _turns(
         return (*starts, role + "\n") if starts else (Special(role), "\n")
 
     first = (*header(roles[0]), system, *end) if system else ()
-    return Template(name, (*first, *header(roles[1])), (*end, *header(roles[2])), tuple(end), strip)
+    user, assistant = header(roles[1]), (*end, *header(roles[2]))
+    return Template(name, (*first, *user), assistant, tuple(end), strip, before_next=(*end, *user))
 
 
 _CHATML = ("system", "user", "assistant")

@@ -24,7 +24,7 @@ from mmrm_jax.data.templates import (
     Special,
     Template,
     find_template,
-    split_at_images,
+    split_turns,
     without_images,
 )
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES, Vocabulary, plain_text_only, read_vocabulary
@@ -158,21 +158,28 @@ class ChatTokenizer:
         tiles: int | Sequence[int],
         view: BranchInput,
         known: dict[str, list[int]] | None = None,
+        history: Sequence[str] = (),
     ) -> Conversation:
         """One prompt and response as a branch sees them; `known` is `encode`'s.
 
-        `tiles` are those of each image, a number those of the only one (0: there is none). Images stand where the
-        prompt says (see `split_at_images`). `absent` leaves them out, `blank` puts the one blank tile in the place of
+        `history` are the turns before the prompt, of the user and the assistant in turn. `tiles` are those of each
+        image, a number those of the only one (0: there is none). Images stand where the prompt or the user's turns
+        before it say (see `split_turns`). `absent` leaves them out, `blank` puts the one blank tile in the place of
         each, `image_only` leaves out the prompt's text; without images there is one for `blank` alone.
         """
         counts = [tiles] * bool(tiles) if isinstance(tiles, int) else list(tiles)
-        parts = split_at_images("" if view == "image_only" else prompt, len(counts) or 1)
+        asked, answers = ([*history[::2], prompt], history[1::2]) if view != "image_only" else ([""], ())
+        parts = split_turns(asked, len(counts) or 1)
         if view == "blank":
             counts = [1] * (len(counts) or 1)
         if view == "absent" or not counts:
-            counts, parts = [], (without_images(parts),)
+            counts, parts = [], [(without_images(part),) for part in parts]
         slots = [count * self.visual_tokens_per_tile for count in counts]
-        found = self.encode(self.template.pieces(parts, slots, response), known)
+        try:
+            pieces = self.template.pieces(parts[-1], slots, response, list(zip(parts, answers, strict=False)))
+        except ValueError as error:
+            raise TextError(str(error)) from error
+        found = self.encode(pieces, known)
         if view == "blank" and len(counts) > 1:
             visual = np.where(found.visual < 0, -1, found.visual % self.visual_tokens_per_tile)
             found = dataclasses.replace(found, visual=visual)
@@ -236,29 +243,31 @@ def encode_texts(
     views: dict[str, BranchInput],
     max_length: int,
     caption: str | None = None,
+    history: Sequence[str] = (),
 ) -> GroupTokens:
     """Tokenise every conversation of a group whole, then split off the longest common prefix per branch.
 
-    `tiles` is `conversation`'s; the view "caption" has `caption` on a line of its own before the prompt, and no image.
-    Raises TextError where a conversation is longer than `max_length` tokens, and where that view lacks its caption;
-    nothing is ever truncated.
+    `tiles` and `history` are `conversation`'s; the view "caption" has `caption` on a line of its own before the first
+    message, and no image. Raises TextError where a conversation is longer than `max_length` tokens, where that view
+    lacks its caption, and where the template has one turn alone; nothing is ever truncated.
     """
     prefixes: dict[str, Conversation] = {}
     tails: tuple[np.ndarray, ...] | None = None
     known: dict[str, list[int]] = {}
     for branch, view in views.items():
-        asked = prompt
+        first, *rest = (*history, prompt)
         if view == "caption":
-            asked, view = captioned(prompt, caption), "absent"
-        whole = [chat.conversation(asked, r, tiles, view, known) for r in responses]
+            first, view = captioned(first, caption), "absent"
+        *before, asked = [first, *rest]
+        whole = [chat.conversation(asked, r, tiles, view, known, before) for r in responses]
         longest = max(len(c.tokens) for c in whole)
         if longest > max_length:
             raise TextError(f"a conversation has {longest} tokens, over the budget of max_length={max_length}")
         split = common_prefix([c.tokens for c in whole])
         prefixes[branch] = Conversation(whole[0].tokens[:split], whole[0].visual[:split])
-        rest = tuple(c.tokens[split:] for c in whole)
-        if tails is not None and not all(np.array_equal(a, b) for a, b in zip(tails, rest, strict=True)):
+        ends = tuple(c.tokens[split:] for c in whole)
+        if tails is not None and not all(np.array_equal(a, b) for a, b in zip(tails, ends, strict=True)):
             raise TextError("the branches tokenise the responses differently, so they cannot share them")
-        tails = rest
+        tails = ends
     assert tails is not None
     return GroupTokens(prefixes, tails)

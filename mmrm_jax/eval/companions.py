@@ -73,11 +73,10 @@ def missing_code(folder: Path, hf: dict[str, Any]) -> list[str]:
 
 
 def chat_template(template: Template, image: str) -> str:
-    """Jinja for one user turn and one assistant turn, as transformers renders it; `image` stands for an image."""
-    before, between, after = (
-        json.dumps(spell(pieces), ensure_ascii=False)
-        for pieces in (template.before_prompt, template.before_response, template.after_response)
-    )
+    """Jinja for turns of the user and the assistant, as transformers renders it; `image` stands for an image."""
+    spelt = [spell(p) for p in (template.before_prompt, template.before_response, template.after_response)]
+    following = spelt[0] if template.before_next is None else spell(template.before_next).removeprefix(spelt[2])
+    before, between, after, later = (json.dumps(text, ensure_ascii=False) for text in (*spelt, following))
     trim = " | trim" if template.strip else ""
     content = (
         "{% if message['content'] is string %}{{ message['content']" + trim + " }}{% else %}"
@@ -86,7 +85,13 @@ def chat_template(template: Template, image: str) -> str:
     )
     return (
         "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ " + before + " }}" + content + "{% elif message['role'] == 'assistant' %}"
+        "{% if message['role'] == 'user' %}{{ "
+        + before
+        + " if loop.first else "
+        + later
+        + " }}"
+        + content
+        + "{% elif message['role'] == 'assistant' %}"
         "{{ " + between + " }}" + content + "{{ " + after + " }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ " + between + " }}{% endif %}"
     )

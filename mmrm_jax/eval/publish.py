@@ -159,7 +159,7 @@ def _examples(matrix: Matrix) -> list[SfcExample]:
                         kind=kind,  # type: ignore[arg-type]
                         sfc=float(e.sfc[c]),
                         images=group.encoded_images(),
-                        prompt=group.prompt,
+                        prompt=group.asked,
                         chosen=group.responses[e.winner[c]],
                         rejected=group.responses[e.loser[c]],
                         primary_margin=float(e.margins["primary"][c]),

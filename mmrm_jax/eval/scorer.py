@@ -26,7 +26,7 @@ from mmrm_jax.config import BranchInput, MeshConfig, ModelConfig
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import BatchShape
 from mmrm_jax.data.folder import read_object
-from mmrm_jax.data.formats.fields import Field, check_prompt, check_response
+from mmrm_jax.data.formats.fields import Field, check_asked, check_response
 from mmrm_jax.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, tile_image
 from mmrm_jax.data.ladder import Ladder, step_up
 from mmrm_jax.models.hf.names import PROXY_PREFIX
@@ -44,6 +44,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 Picture: TypeAlias = Image.Image | Path | str | bytes  # decoded, a path, or the bytes of a file
 Pictures: TypeAlias = Picture | Sequence[Picture] | None
+Request: TypeAlias = tuple[Pictures, str, Sequence[str]] | tuple[Pictures, str, Sequence[str], Sequence[str]]
 Rewards: TypeAlias = Float[np.ndarray, " N"]
 Read: TypeAlias = Float[np.ndarray, "2 layers P J E"]  # keys and values of a prefix
 
@@ -95,17 +96,18 @@ class Scorer:
         self._read = make_read_step(checkpoint.config, dtype)
         self._answer = make_answer_step(checkpoint.config)
 
-    def score(self, image: Pictures, prompt: str, responses: Sequence[str]) -> Rewards:
+    def score(self, image: Pictures, prompt: str, responses: Sequence[str], history: Sequence[str] = ()) -> Rewards:
         """The rewards of responses to one prompt and its image, or several images, or none: float32, [N].
 
-        Raises ImageError, RowError or TextError (all ValueErrors) where something cannot be scored, and says what.
+        `history` are the turns before the prompt, of the user and the assistant in turn. Raises ImageError, RowError or
+        TextError (all ValueErrors) where something cannot be scored, and says what.
         """
-        return self._rewards_of([self._encoded(image, prompt, responses)], "primary")[0]
+        return self._rewards_of([self._encoded(image, prompt, responses, history)], "primary")[0]
 
-    def score_many(
-        self, requests: Iterable[tuple[Pictures, str, Sequence[str]]], branch: Branch = "primary"
-    ) -> list[Rewards]:
+    def score_many(self, requests: Iterable[Request], branch: Branch = "primary") -> list[Rewards]:
         """The rewards of each (image, prompt, responses), in order; `branch` "proxy" gives those of the proxy.
+
+        A history may be the fourth, as `score` takes it.
 
         Requests of one shape run together. Raises ValueError naming the request that cannot be scored, and why.
         """
@@ -114,7 +116,9 @@ class Scorer:
         asked: list[list[EncodedGroup]] = []
         for i, request in enumerate(requests):
             try:
-                asked.append(self._encoded(*request, proxy=branch == "proxy"))
+                image, prompt, responses = request[:3]
+                history = request[3] if len(request) == 4 else ()
+                asked.append(self._encoded(image, prompt, responses, history, proxy=branch == "proxy"))
             except ValueError as error:
                 raise ValueError(f"request {i}: {error}") from error
         return self._rewards_of(asked, branch)
@@ -138,6 +142,7 @@ class Scorer:
         tiles: Sequence[np.ndarray],
         prompt: str,
         responses: Sequence[str],
+        history: Sequence[str] = (),
         *,
         proxy: bool = False,
         alone: bool = False,
@@ -154,12 +159,13 @@ class Scorer:
         if not responses:
             raise ValueError("no responses: there is nothing to score")
         checked = [check_response(Field(f"responses[{i}]", text)) for i, text in enumerate(responses)]
-        check_prompt(Field("prompt", prompt), len(tiles))
+        said = [Field(f"history[{i}]", text) for i, text in enumerate(history)]
+        check_asked([*said, Field("prompt", prompt)], len(tiles))
         views: dict[str, BranchInput] = {b: view for b, view in self.views.items() if proxy or b == "primary"}
         most, processor = self.ladder.responses, self.checkpoint.processor
         beside = ("",) if alone else ()  # no response: all that it shares with another one is what comes before
         parts = ((*checked[i : i + most], *beside) for i in range(0, len(checked), most))
-        groups = (Group("", prompt, part, (), None, "", "", 0) for part in parts)
+        groups = (Group("", prompt, part, (), None, "", "", 0, history=tuple(history)) for part in parts)
         found = (processor.encode(group, 0, views, features=tiles) for group in groups)
         return [dataclasses.replace(g, responses=g.responses[: len(g.responses) - len(beside)]) for g in found]
 
@@ -202,8 +208,8 @@ class Scorer:
         with jax.set_mesh(self.mesh):
             placed = self._placed(dataclasses.replace(batch, prefixes={}))
             by_group = NamedSharding(self.mesh, partition_spec(("batch",)))
-            prefix = jax.device_put((whole, lengths), by_group)
-            rewards = np.asarray(self._answer(self.params[branch], *prefix, placed.responses))
+            before = jax.device_put(whole, by_group), jax.device_put(lengths, by_group)
+            rewards = np.asarray(self._answer(self.params[branch], *before, placed.responses))
         return [row[: len(group.responses)] for row, group in zip(rewards, groups, strict=False)]
 
     def _placed(self, batch: Batch) -> Batch:
@@ -216,9 +222,15 @@ class Scorer:
             return np.asarray(self._steps[branch](self.params[branch], self._placed(batch)))
 
     def _encoded(
-        self, image: Pictures, prompt: str, responses: Sequence[str], *, proxy: bool = False
+        self,
+        image: Pictures,
+        prompt: str,
+        responses: Sequence[str],
+        history: Sequence[str] = (),
+        *,
+        proxy: bool = False,
     ) -> list[EncodedGroup]:
-        return self.encode([self.tiles(each) for each in _several(image)], prompt, responses, proxy=proxy)
+        return self.encode([self.tiles(each) for each in _several(image)], prompt, responses, history, proxy=proxy)
 
     def _rewards_of(self, asked: Sequence[Sequence[EncodedGroup]], branch: Branch) -> list[Rewards]:
         """The rewards of requests that have been encoded, in order."""

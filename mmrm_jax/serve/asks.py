@@ -12,17 +12,18 @@ from mmrm_jax.serve.schemas import ClassifyRequest, Content, Message, OpenRlhfRe
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """One prompt with its images, as encoded bytes, and the responses to it."""
+    """One prompt with its images, as encoded bytes, the responses to it, and the turns before it."""
 
     images: tuple[bytes, ...]
     prompt: str
     responses: tuple[str, ...]
+    history: tuple[str, ...] = ()
 
 
 def of_score(request: ScoreRequest) -> Ask:
     """Of this server's own shape. Raises ImageError for what is no data URL."""
     images = tuple(from_data_url(url, f"images[{i}]") for i, url in enumerate(request.images))
-    return Ask(images, request.prompt, tuple(request.responses))
+    return Ask(images, request.prompt, tuple(request.responses), tuple(request.history))
 
 
 def of_open_rlhf(request: OpenRlhfRequest, template: Template) -> list[Ask]:
@@ -39,23 +40,25 @@ def of_open_rlhf(request: OpenRlhfRequest, template: Template) -> list[Ask]:
         shown = request.images[i] if request.images is not None else None
         urls = [] if shown is None else [shown] if isinstance(shown, str) else shown
         images = tuple(from_data_url(url, f"images[{i}]") for url in urls)
-        asks.append(Ask(images, *_of_query(query, request.prompts[i] if request.prompts else None, template, i)))
+        asks.append(_of_query(images, query, request.prompts[i] if request.prompts else None, template, i))
     return asks
 
 
-def _of_query(query: str, prompt: str | None, template: Template, i: int) -> tuple[str, tuple[str, ...]]:
+def _of_query(images: tuple[bytes, ...], query: str, prompt: str | None, template: Template, i: int) -> Ask:
     if (found := rendered(query, template)) is not None:
-        return found[0], (found[1],)
+        *history, asked, response = found
+        return Ask(images, asked, (response,), tuple(history))
     if prompt is not None and query.startswith(prompt):
-        return prompt, (query[len(prompt) :],)
+        return Ask(images, prompt, (query[len(prompt) :],))
     raise ValueError(
         f"query[{i}] is neither a conversation as the model's chat template renders it nor prompts[{i}] with a "
         "response behind it"
     )
 
 
-def rendered(text: str, template: Template) -> tuple[str, str] | None:
-    """(prompt, response) of a conversation that `template` spells like this, without images; None of another text."""
+def rendered(text: str, template: Template) -> list[str] | None:
+    """The turns of a conversation that `template` spells like this, without images: the last two are the prompt and the
+    response. None of another text."""
     before, between, after = (
         spell(pieces) for pieces in (template.before_prompt, template.before_response, template.after_response)
     )
@@ -64,7 +67,15 @@ def rendered(text: str, template: Template) -> tuple[str, str] | None:
     head, found, response = text[len(before) :].rpartition(between)
     if not found:
         return None
-    return head, response.removesuffix(after) if after else response
+    turns: list[str] = []
+    if template.before_next is not None:
+        *earlier, head = head.split(spell(template.before_next))
+        for turn in earlier:
+            asked, found, answer = turn.partition(between)
+            if not found:
+                return None
+            turns += [asked, answer]
+    return [*turns, head, response.removesuffix(after) if after else response]
 
 
 def of_classify(request: ClassifyRequest, template: Template) -> list[Ask]:
@@ -81,26 +92,34 @@ def of_classify(request: ClassifyRequest, template: Template) -> list[Ask]:
     for i, text in enumerate(texts):
         if (found := rendered(text, template)) is None:
             raise ValueError(
-                f"input[{i}] is no conversation of one turn as the model's chat template renders it; "
-                "send messages instead"
+                f"input[{i}] is no conversation as the model's chat template renders it; send messages instead"
             )
-        asks.append(Ask((), found[0], (found[1],)))
+        *history, prompt, response = found
+        asks.append(Ask((), prompt, (response,), tuple(history)))
     return asks
 
 
 def of_messages(messages: Sequence[Message]) -> Ask:
-    """Of a user's message and the assistant's after it; a system message before them is refused, as longer talks are.
+    """Of messages of the user and the assistant in turn, the last of which is scored; a system message is refused.
 
-    Raises ValueError where they are not these two.
+    Raises ValueError where they are not these, or the assistant shows an image.
     """
-    if [message.role for message in messages] != ["user", "assistant"]:
-        roles = ", ".join(message.role for message in messages) or "none"
-        raise ValueError(f"messages are of {roles}; the model scores one user message and the assistant's answer to it")
-    images, prompt = of_parts(messages[0].content, "messages[0]")
-    shown, response = of_parts(messages[1].content, "messages[1]")
-    if shown:
-        raise ValueError("messages[1] has an image; only the prompt may have one")
-    return Ask(images, prompt, (response,))
+    roles = [message.role for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(
+            f"messages are of {', '.join(roles) or 'none'}; they must be the user's and the assistant's in turn, and "
+            "end with the answer that is scored"
+        )
+    images: tuple[bytes, ...] = ()
+    texts: list[str] = []
+    for i, message in enumerate(messages):
+        shown, text = of_parts(message.content, f"messages[{i}]")
+        if shown and message.role == "assistant":
+            raise ValueError(f"messages[{i}] has an image; only the user's may have one")
+        images += shown
+        texts.append(text)
+    *history, prompt, response = texts
+    return Ask(images, prompt, (response,), tuple(history))
 
 
 def of_parts(content: str | Sequence[Part], name: str) -> tuple[tuple[bytes, ...], str]:

@@ -90,7 +90,7 @@ class Engine:
         counts = {
             "responses": sum(len(ask.responses) for ask in asks),
             "images": sum(len(ask.images) for ask in asks),
-            "characters": sum(len(text) for ask in asks for text in (ask.prompt, *ask.responses)),
+            "characters": sum(len(text) for ask in asks for text in (*ask.history, ask.prompt, *ask.responses)),
         }
         for name, count in counts.items():
             if count > (most := getattr(limits, name)):
@@ -98,7 +98,9 @@ class Engine:
 
     def _encode(self, ask: Ask, proxy: bool) -> list[Asked]:
         features = [self.pictures.of(image) for image in ask.images]
-        groups = self.scorer.encode(features, ask.prompt, ask.responses, proxy=proxy, alone=self.prefixes.on)
+        groups = self.scorer.encode(
+            features, ask.prompt, ask.responses, ask.history, proxy=proxy, alone=self.prefixes.on
+        )
         images = b"".join(hashlib.sha256(image).digest() for image in ask.images)
         return [Asked(group, images) for group in groups]
 

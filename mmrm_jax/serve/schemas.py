@@ -26,6 +26,9 @@ class ScoreRequest(Strict):
 
     prompt: Annotated[str, Field(description='images stand at "<image>", or before the text')]
     responses: Annotated[list[str], Field(min_length=1)]
+    history: Annotated[
+        list[str], Field(description="turns before the prompt, of the user and the assistant in turn")
+    ] = []
     images: list[DataUrl] = []
     proxy: Annotated[bool, Field(description="also what text alone would give")] = False
 

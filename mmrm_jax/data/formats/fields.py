@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,15 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a row asks and answers, unchecked: its prompt, its images (none where it is text-only), every response."""
+    """What a row asks and answers, unchecked: its prompt, its images (none where it is text-only), every response.
+
+    `history` are the turns before the prompt, of the user and the assistant in turn.
+    """
 
     prompt: Field
     images: tuple[Field, ...]
     responses: tuple[Field, ...]
+    history: tuple[Field, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ def make_group(
 ) -> Group:
     """The group of a record's own prompt and images. Raises RowError where one of them cannot be used."""
     images = tuple(_image(field, origin) for field in record.images)
-    prompt = check_prompt(record.prompt, len(images))
+    *history, prompt = check_asked([*record.history, record.prompt], len(images))
     names = image_names(record)
     return Group(
         id=identity(row, origin),
@@ -84,6 +88,7 @@ def make_group(
         image_name=names[0] if len(names) == 1 else None,
         more_images=images[1:],
         caption=_caption(row),
+        history=tuple(history),
     )
 
 
@@ -117,6 +122,20 @@ def in_place(field: Field, images: int) -> Field:
         end = "\n" if before and not after.startswith("\n") else ""
         text = before + line + IMAGE_PLACEHOLDER + end + after
     return Field(field.name, text)
+
+
+def turns_in_place(asked: Sequence[Field], images: int) -> list[Field]:
+    """`in_place` of the user's turns, whose images may stand in any of them; those of the assistant as they are."""
+    if len(asked) == 1:
+        return [in_place(asked[0], images)]
+    places = count_places([check_text(field) for field in asked])
+    if places not in (0, images):
+        raise misplaced(asked[-1].name, places, images)
+    one = images == 1
+    return [
+        in_place(field, 1) if one and i % 2 == 0 and IMAGE_PLACEHOLDER in field.value else field
+        for i, field in enumerate(asked)
+    ]
 
 
 def without_places(field: Field) -> Field:
@@ -203,20 +222,29 @@ def identity(row: Row, origin: Origin) -> str:
     return f"{origin.file.stem}-{origin.row}"
 
 
-def check_prompt(field: Field, images: int) -> str:
-    """The prompt in a field, of so many images. Raises RowError where it is no text, or does not go with them.
+def check_asked(asked: Sequence[Field], images: int) -> list[str]:
+    """The prompt and the turns before it, of so many images. Raises RowError where one is no text, or they do not go
+    with the images.
 
-    A prompt may be blank beside an image, which is then all that is asked about, and not without one.
+    What the user says may be blank beside an image, which is then all that is asked about, and not without one.
     """
-    prompt = check_text(field)
-    if not images and not prompt.strip():
-        raise RowError(
-            f"empty prompt: '{field.name}' has no text, and there is no image either; remove the row or fill it in"
-        )
-    places = prompt.count(IMAGE_PLACEHOLDER)
+    texts = [check_text(field) for field in asked]
+    if len(texts) % 2 == 0:
+        raise RowError(f"wrong turns: {len(texts) - 1} before the prompt; they must be the user's and the assistant's")
+    for field, text in zip(asked[::2], texts[::2], strict=True):
+        if not images and not text.strip():
+            raise RowError(
+                f"empty prompt: '{field.name}' has no text, and there is no image either; remove the row or fill it in"
+            )
+    places = count_places(texts)
     if images > 1 and places not in (0, images):
-        raise misplaced(field.name, places, images)
-    return prompt
+        raise misplaced(asked[-1].name, places, images)
+    return texts
+
+
+def count_places(asked: Sequence[str]) -> int:
+    """How many `<image>` the user's turns have, of turns of the user and the assistant."""
+    return sum(text.count(IMAGE_PLACEHOLDER) for text in asked[::2])
 
 
 def check_response(field: Field) -> str:

@@ -25,15 +25,25 @@ PAIR = ("chosen", "rejected")
 
 
 def read_pair(row: Row) -> Record:
-    """The authors' pairs: `id, prompt, img_path, chosen, rejected`; optional `margin` (number) and `tie` (boolean)."""
-    return Record(take(row, "prompt"), pictures(row), tuple(take(row, name) for name in PAIR))
+    """The authors' pairs: `id, prompt, img_path, chosen, rejected`; optional `margin` (number) and `tie` (boolean).
+
+    Optional `history` is a list of the texts said before the prompt, by the user and the assistant in turn.
+    """
+    return Record(take(row, "prompt"), pictures(row), tuple(take(row, name) for name in PAIR), _history(row))
 
 
 def read_scoring(row: Row) -> Record:
-    """Scoring input: `prompt, img_path, responses`."""
+    """Scoring input: `prompt, img_path, responses`, and `history` as pairs have it."""
     responses = check_list(take(row, "responses"), "texts")
     named = tuple(Field(f"responses[{i}]", response) for i, response in enumerate(responses))
-    return Record(take(row, "prompt"), pictures(row), named)
+    return Record(take(row, "prompt"), pictures(row), named, _history(row))
+
+
+def _history(row: Row) -> tuple[Field, ...]:
+    if not row.get("history"):
+        return ()
+    texts = check_list(take(row, "history"), "texts")
+    return tuple(Field(f"history[{i}]", text) for i, text in enumerate(texts))
 
 
 def read_rlaif_v(row: Row) -> Record:

@@ -1,7 +1,7 @@
 """Formats whose rows are conversations: lists of turns, each with a speaker and a text.
 
-A prompt is one turn of the user. Rows with more before the answer are refused, for a prompt of several turns would have
-to be spelt as the checkpoint's chat template spells them.
+The last turn before the answer is the prompt, those before it its history: the user's and the assistant's in turn. A
+system message is refused: the checkpoint's chat template has its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from mmrm_jax.data.formats.fields import (
     Row,
     RowError,
     check_list,
-    in_place,
+    count_places,
     misplaced,
     pictures,
     take,
+    turns_in_place,
     without_places,
 )
 from mmrm_jax.data.templates import IMAGE_PLACEHOLDER
@@ -39,27 +40,29 @@ def read_povid(row: Row) -> Record:
     """POVID: `id, image, conversations [{from, value}], rejected_conversations` of the same shape."""
     chosen = turns(take(row, "conversations"))
     rejected = turns(take(row, "rejected_conversations"))
-    asked = without_places(_asked(chosen[:-1], "conversations"))
-    if without_places(_asked(rejected[:-1], "rejected_conversations")).value != asked.value:
+    asked, other = (
+        _without_places(_asked(turns[:-1], name))
+        for turns, name in ((chosen, "conversations"), (rejected, "rejected_conversations"))
+    )
+    if [field.value for field in asked] != [field.value for field in other]:
         raise RowError("different prompts: 'conversations' and 'rejected_conversations' do not ask the same")
     answers = (_answer(chosen, "conversations"), _answer(rejected, "rejected_conversations"))
-    return Record(asked, pictures(row), answers)
+    return _record(asked, pictures(row), answers)
 
 
 def read_llava(row: Row) -> Record:
     """LLaVA preferences: `id, image, conversations [{from, value}], output_1 {value}, output_2 {value}, preference`."""
-    asked = without_places(_asked(turns(take(row, "conversations")), "conversations"))
-    return Record(asked, pictures(row), (_said(row, "output_1"), _said(row, "output_2")))
+    asked = _without_places(_asked(turns(take(row, "conversations")), "conversations"))
+    return _record(asked, pictures(row), (_said(row, "output_1"), _said(row, "output_2")))
 
 
 def read_llama_factory(row: Row) -> Record:
     """LLaMA-Factory: `conversations [{from, value}], chosen {from, value}, rejected {from, value}, images`."""
     images = pictures(row, optional=True)
-    asked = _asked(turns(take(row, "conversations")), "conversations")
-    prompt = in_place(asked, len(images))
-    if images and IMAGE_PLACEHOLDER not in prompt.value:
-        raise misplaced(asked.name, 0, len(images))
-    return Record(prompt, images, (_said(row, "chosen"), _said(row, "rejected")))
+    asked = turns_in_place(_asked(turns(take(row, "conversations")), "conversations"), len(images))
+    if images and not count_places([field.value for field in asked]):
+        raise misplaced(asked[-1].name, 0, len(images))
+    return _record(asked, images, (_said(row, "chosen"), _said(row, "rejected")))
 
 
 def read_ms_swift(row: Row) -> Record:
@@ -74,8 +77,8 @@ def read_ms_swift(row: Row) -> Record:
         )
     images = pictures(row, optional=True)
     messages = turns(take(row, "messages"))
-    asked = in_place(_asked(messages[:-1], "messages"), len(images))
-    return Record(asked, images, (_answer(messages, "messages"), *_rejected(row, messages)))
+    asked = turns_in_place(_asked(messages[:-1], "messages"), len(images))
+    return _record(asked, images, (_answer(messages, "messages"), *_rejected(row, messages)))
 
 
 def _rejected(row: Row, messages: Sequence[Turn]) -> list[Field]:
@@ -101,17 +104,17 @@ def read_trl(row: Row) -> Record:
     if not all(isinstance(row[name], list) for name in names):
         return Record(take(row, "prompt"), images, tuple(take(row, name) for name in names))
     chosen, rejected = (turns(take(row, name)) for name in names)
-    asked = row.get("prompt")
-    if isinstance(asked, str):
-        prompt = Field("prompt", asked)
-    elif asked is not None:
-        prompt = _joined(_asked(turns(take(row, "prompt")), "prompt"), len(images))
+    before, asked = row.get("prompt"), []
+    if isinstance(before, str):
+        asked = [Field("prompt", before)]
+    elif before is not None:
+        asked = _spelt(_asked(turns(take(row, "prompt")), "prompt"), len(images))
     else:
         shared = _shared(chosen, rejected)
-        prompt = _joined(_asked(chosen[:shared], "chosen"), len(images))
+        asked = _spelt(_asked(chosen[:shared], "chosen"), len(images))
         chosen, rejected = chosen[shared:], rejected[shared:]
-    answers = (_joined(_only(answer, name), 0) for answer, name in ((chosen, "chosen"), (rejected, "rejected")))
-    return Record(prompt, images, tuple(answers))
+    both = ((chosen, "chosen"), (rejected, "rejected"))
+    return _record(asked, images, tuple(_spelt([_only(answer, name)], 0)[0] for answer, name in both))
 
 
 def is_trl(row: Row) -> bool:
@@ -141,17 +144,30 @@ def _has(turn: Any, names: tuple[str, str]) -> bool:
     return isinstance(turn, dict) and all(name in turn for name in names)
 
 
-def _asked(asked: Sequence[Turn], name: str) -> Field:
-    """The prompt: the content of the only turn before the answer."""
-    speakers = ", ".join(str(turn.speaker) for turn in asked)
-    if len(asked) != 1:
-        raise RowError(
-            f"not one turn: '{name}' has {len(asked)} turns before the answer ({speakers or 'none'}); a prompt is one "
-            "turn of the user: put what matters into it, or leave the row out"
-        )
-    if asked[0].speaker != "user":
-        raise RowError(f"wrong speaker: '{name}' begins with a turn of {speakers!r:.50}; it must be the user's (human)")
-    return asked[0].content
+def _record(asked: Sequence[Field], images: tuple[Field, ...], responses: tuple[Field, ...]) -> Record:
+    return Record(asked[-1], images, responses, tuple(asked[:-1]))
+
+
+def _asked(asked: Sequence[Turn], name: str) -> list[Field]:
+    """The contents of the turns before the answer, of the user and the assistant in turn; the last is the prompt."""
+    if not asked:
+        raise RowError(f"no prompt: '{name}' has no turn before the answer; the user's must be there")
+    for i, turn in enumerate(asked):
+        speaker = ("user", "assistant")[i % 2]
+        if turn.speaker != speaker:
+            system = "; the chat template has its own: leave it out" if turn.speaker == "system" else ""
+            raise RowError(
+                f"wrong speaker: turn {i + 1} of '{name}' is of {str(turn.speaker)!r:.50}; it must be the {speaker}'s "
+                f"({'human' if i % 2 == 0 else 'gpt'}){system}"
+            )
+    if len(asked) % 2 == 0:
+        raise RowError(f"wrong speaker: '{name}' has two turns of the assistant at its end; the first asks nothing")
+    return [turn.content for turn in asked]
+
+
+def _without_places(asked: Sequence[Field]) -> list[Field]:
+    """The user's turns `without_places`, since the image stands before the first one."""
+    return [field if i % 2 else without_places(field) for i, field in enumerate(asked)]
 
 
 def _answer(all_turns: Sequence[Turn], name: str) -> Field:
@@ -188,11 +204,21 @@ def _said(row: Row, name: str) -> Field:
     return Field(f"{name}.{inner}", field.value[inner])
 
 
-def _joined(content: Field, images: int) -> Field:
-    """The text of a message, whose parts are joined, with `<image>` on a line of its own for each image part."""
+def _spelt(contents: Sequence[Field], images: int) -> list[Field]:
+    """The texts of messages, which say in their parts where all of so many images stand, or nowhere."""
+    found = [_joined(content) for content in contents]
+    places = sum(places for _, places in found)
+    if places not in (0, images):
+        raise misplaced(contents[-1].name, places, images)
+    return [field for field, _ in found]
+
+
+def _joined(content: Field) -> tuple[Field, int]:
+    """The text of a message, whose parts are joined, with `<image>` on a line of its own for each image part; and how
+    many there are."""
     parts = content.value
     if not isinstance(parts, list):
-        return content
+        return content, 0
     text, places = "", 0
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -206,6 +232,4 @@ def _joined(content: Field, images: int) -> Field:
                 f"wrong type: '{content.name}[{i}]' is {part!r:.80}; a part must be {{'type': 'text', 'text': ...}} or "
                 "{'type': 'image'}"
             )
-    if places not in (0, images):
-        raise misplaced(content.name, places, images)
-    return Field(content.name, text)
+    return Field(content.name, text), places

@@ -23,6 +23,7 @@ def group_features() -> tfds.features.FeaturesDict:
         {
             "id": text(),
             "prompt": text(),
+            "history": tfds.features.Sequence(text()),
             "responses": tfds.features.Sequence(text()),
             "comparisons": {
                 "winner": tfds.features.Sequence(np.int32),
@@ -46,6 +47,7 @@ def encode_group(group: Group) -> dict[str, Any]:
     return {
         "id": group.id,
         "prompt": group.prompt,
+        "history": list(group.history),
         "responses": list(group.responses),
         "comparisons": {
             "winner": [c.winner for c in group.comparisons],
@@ -78,6 +80,7 @@ def decode_group(example: Mapping[str, Any]) -> Group:
         # Older data sets have none of these.
         more_images=tuple(bytes(image) for image in example.get("more_images", ())),
         caption=_text(example.get("caption", "")) or None,
+        history=tuple(_text(text) for text in example.get("history", ())),
     )
 
 

@@ -17,6 +17,8 @@ from mmrm_jax.serve.kept import Kept
 from mmrm_jax.serve.prefixes import Asked, Prefixes
 from mmrm_jax.sharding import make_mesh
 from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.setup import open_checkpoint
+from mmrm_jax.train.state import init_params
 
 CLOSE = 1e-5
 RESPONSES = ["It is red.", "It is a blue bus, as one can see.", "No.", "\n\nIt is red", "It", " assistant"]
@@ -34,6 +36,39 @@ def on(devices: int, dtype: str = "float32") -> Scorer:
 @pytest.fixture(scope="module")
 def rm() -> Scorer:
     return on(1)
+
+
+def deep() -> Scorer:
+    """Six layers, which are run in a loop and not one by one."""
+    checkpoint = open_checkpoint(MODEL_DIR)
+    config = dataclasses.replace(
+        checkpoint.config, decoder=dataclasses.replace(checkpoint.config.decoder, num_layers=6, num_kv_heads=2)
+    )
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    params = jax.device_put(init_params(config, 1), jax.sharding.NamedSharding(mesh, jax.P()))
+    checkpoint = dataclasses.replace(checkpoint, config=config)
+    views = {"primary": "multimodal"}
+    return Scorer(checkpoint, {"primary": params}, mesh, views=views, dtype="float32", batch_size=4)  # type: ignore[arg-type]
+
+
+def test_in_a_deep_model_too() -> None:
+    there = deep()
+    (group,) = there.encode([there.features(there.tiles(png(1)))], "What is it?", RESPONSES, alone=True)
+    (read,) = there.read([group])
+    assert read.shape[1] == 6 and read.nbytes == len(group.prefixes["primary"].tokens) * there.read_bytes
+    (got,), (want,) = there.answer([read], [group]), there.rewards([group])
+    np.testing.assert_allclose(got, want, atol=CLOSE)
+    assert np.ptp(want) > 1e-2
+
+
+def test_answers_of_several_lengths_run_together(rm) -> None:
+    prefixes = Prefixes(rm, 2**30)
+    each = [asked(rm, png(1), "What is it?", ["word " * count]) for count in (2, 9, 20, 60)]
+    keys = [prefixes.key(one, "primary") for one in each]
+    assert keys[0] == keys[1] == keys[2] != keys[3] != prefixes.key(each[3], "proxy")
+    assert len({rm.ladder.shape(one.group.shape).rows for one in each}) == 4
+    for one, got in zip(each[:3], prefixes.rewards(each[:3], "primary"), strict=True):
+        np.testing.assert_allclose(got, rm.rewards([one.group])[0], atol=CLOSE)
 
 
 def asked(rm: Scorer, image: bytes | None, prompt: str, responses: list[str], *, alone: bool = True) -> Asked:
@@ -90,21 +125,28 @@ def test_a_prompt_is_read_once_for_its_image_and_branch(rm, monkeypatch) -> None
     ask(png(2), "Red.")  # another image of the same size: the tokens are the same
     ask(None, "Red.")
     ask(png(1), "Red.", branch="proxy")
+    ask(png(2), "Red.", branch="proxy")  # to whom all images are one white tile
     assert read == [1, 1, 1, 1]
     ask(png(1), "Black.")
     ask(png(1), "Black.", branch="proxy")
-    assert read == [1, 1, 1, 1] and prefixes.kept.hits == 3
+    assert read == [1, 1, 1, 1] and prefixes.kept.hits == 4
 
 
-@pytest.mark.parametrize("capacity", [0, 1])
-def test_what_is_not_kept_is_read_again(rm, capacity) -> None:
+@pytest.mark.parametrize("capacity", [0, 1, 30_000])
+def test_what_does_not_fit_is_read_again(rm, capacity) -> None:
+    """Nothing is kept; not even one prefix would fit; one alone fits, and each takes the other's place."""
     prefixes = Prefixes(rm, capacity)
+    assert prefixes.tokens == capacity // rm.read_bytes
     for _ in range(2):
         for image in (png(1), png(2)):
             one = asked(rm, image, "What is it?", RESPONSES[:3], alone=prefixes.on)
             found = prefixes.rewards([one], "primary")[0]
             np.testing.assert_allclose(found, rm.score(image, "What is it?", RESPONSES[:3]), atol=CLOSE)
     assert prefixes.on is bool(capacity) and prefixes.kept.hits == 0
+    both = [asked(rm, image, "What is it?", RESPONSES[:3], alone=prefixes.on) for image in (png(1), png(2))]
+    for one, got in zip(both, prefixes.rewards(both, "primary"), strict=True):
+        np.testing.assert_allclose(got, rm.rewards([one.group])[0], atol=CLOSE)
+    assert prefixes.kept.hits == 0  # though one of them is there: a batch that does not fit runs as a whole
 
 
 def test_in_bfloat16_half_as_much_is_kept(rm) -> None:

@@ -177,10 +177,14 @@ class Scorer:
         size = self.batch_size
         return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
+    def shape(self, groups: Sequence[EncodedGroup]) -> BatchShape:
+        """The shape that groups run in together, whose own shapes differ by the length of rows of responses alone."""
+        shapes = [self.ladder.shape(group.shape) for group in groups]
+        return max(shapes, key=lambda shape: shape.rows)
+
     def rewards(self, groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Rewards]:
-        """The rewards of one batch of groups of one shape, at most `batch_size` of them."""
-        shape = self.ladder.shape(groups[0].shape)
-        found = self.run(self._batch(groups, shape, branch), branch)
+        """The rewards of one batch of groups that `shape` covers, at most `batch_size` of them."""
+        found = self.run(self._batch(groups, self.shape(groups), branch), branch)
         return [row[: len(group.responses)] for row, group in zip(found, groups, strict=False)]
 
     @property
@@ -188,9 +192,15 @@ class Scorer:
         """Whether a prefix is read alike whatever the responses; not where RoPE looks at their lengths."""
         return fixed(self.checkpoint.config.decoder, self.checkpoint.processor.max_length)
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that `read` gives for each token of a prefix."""
+        c = self.checkpoint.config.decoder
+        return 2 * c.num_layers * c.num_kv_heads * c.head_width * jnp.dtype(self.dtype).itemsize
+
     def read(self, groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Read]:
         """What responses see of each group's prefix, of groups as `rewards` takes them."""
-        batch = self._batch(groups, self.ladder.shape(groups[0].shape), branch)
+        batch = self._batch(groups, self.shape(groups), branch)
         with jax.set_mesh(self.mesh):
             placed = self._placed(batch).prefixes[branch]
             found = np.asarray(self._read(self.params[branch], placed))
@@ -198,8 +208,8 @@ class Scorer:
 
     def answer(self, read: Sequence[Read], groups: Sequence[EncodedGroup], branch: Branch = "primary") -> list[Rewards]:
         """`rewards` of groups whose prefixes `read` read before."""
-        shape = self.ladder.shape(groups[0].shape)
-        batch = self._batch(groups, shape, branch)
+        shape = dataclasses.replace(self.shape(groups), tiles=0)
+        batch = self._batch([dataclasses.replace(group, tiles=None) for group in groups], shape, branch)
         layers, _, *heads = read[0].shape[1:]
         whole = np.zeros((len(batch.group_index), 2, layers, shape.prefixes[branch], *heads), read[0].dtype)
         for row, found in zip(whole, read, strict=False):

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 
 from mmrm_jax.eval.scorer import Branch, Rewards
@@ -23,13 +23,13 @@ class Waiting:
 
     asked: Asked
     branch: Branch
-    key: tuple
+    key: Hashable
     since: float
     future: Future[Rewards]
 
 
 class Batcher:
-    """Scores groups in batches of one shape and branch, oldest first.
+    """Scores groups in batches of one key (`Prefixes.key`), oldest first.
 
     A batch is run when it is full, or when its oldest group has waited `wait` seconds; while the model is busy groups
     gather by themselves. `on_batch(groups, seconds)` is told of every batch.
@@ -56,8 +56,8 @@ class Batcher:
 
     def submit(self, groups: Sequence[Asked], branch: Branch = "primary") -> list[Future[Rewards]]:
         """The rewards of each group, later. Raises QueueFullError where that is more than may wait."""
-        now, ladder = time.monotonic(), self.prefixes.scorer.ladder
-        asked = [Waiting(g, branch, (branch, ladder.shape(g.group.shape).key), now, Future()) for g in groups]
+        now = time.monotonic()
+        asked = [Waiting(each, branch, self.prefixes.key(each, branch), now, Future()) for each in groups]
         with self._changed:
             if self._closing:
                 raise QueueFullError("the server is stopping")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from mmrm_jax.data.batching import EncodedGroup
 from mmrm_jax.eval.scorer import Branch, Read, Rewards, Scorer
@@ -22,7 +22,8 @@ class Asked:
 class Prefixes:
     """Scores groups; keys and values of up to `capacity` bytes of prefixes are kept, by images, tokens and branch.
 
-    An RL trainer asks about each of a prompt's rollouts by itself, one after another or at once.
+    An RL trainer asks about each of a prompt's rollouts by itself, one after another or at once. A batch whose prefixes
+    would not fit runs as it would without: what is read of them is in memory at once, on the device, too.
     """
 
     def __init__(self, scorer: Scorer, capacity: int):
@@ -30,12 +31,24 @@ class Prefixes:
         self.kept = Kept(capacity)
         self.on = capacity > 0 and scorer.reads_alone
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of prefixes fit."""
+        return self.kept.capacity // self.scorer.read_bytes if self.on else 0
+
+    def key(self, asked: Asked, branch: Branch) -> Hashable:
+        """What groups have in common that run together: all sizes but the length of rows of responses, which goes up
+        to the next power of two, so that answers of several lengths are not scored one by one."""
+        shape = self.scorer.ladder.shape(asked.group.shape)
+        count, length = shape.rows
+        return branch, tuple(shape.prefixes.items()), shape.tiles, count, max(32, 1 << (length - 1).bit_length())
+
     def rewards(self, asked: Sequence[Asked], branch: Branch) -> list[Rewards]:
-        """Of one batch of groups of one shape, at most `scorer.batch_size` of them."""
+        """Of one batch of groups of one key, at most `scorer.batch_size` of them."""
         groups = [each.group for each in asked]
-        if not self.on:
+        if sum(len(group.prefixes[branch].tokens) for group in groups) > self.tokens:
             return self.scorer.rewards(groups, branch)
-        digests = [_digest(each, branch) for each in asked]
+        digests = [self._digest(each, branch) for each in asked]
         found = {digest: self.kept.get(digest) for digest in digests}
         unread = {d: group for d, group in zip(digests, groups, strict=True) if found[d] is None}
         read: dict[bytes, Read] = {digest: array for digest, array in found.items() if array is not None}
@@ -45,8 +58,8 @@ class Prefixes:
                 self.kept.put(digest, read[digest])
         return self.scorer.answer([read[digest] for digest in digests], groups, branch)
 
-
-def _digest(asked: Asked, branch: Branch) -> bytes:
-    prefix = asked.group.prefixes[branch]
-    parts = (branch.encode(), asked.images, prefix.tokens.tobytes(), prefix.visual.tobytes())
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+    def _digest(self, asked: Asked, branch: Branch) -> bytes:
+        prefix = asked.group.prefixes[branch]
+        images = asked.images if self.scorer.views[branch] == "multimodal" else b""
+        parts = (branch.encode(), images, prefix.tokens.tobytes(), prefix.visual.tobytes())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

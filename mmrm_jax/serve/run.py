@@ -50,6 +50,8 @@ def serve(
         )
     app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
     console.print(f"http://{host}:{port}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)
+    kept = prefix_cache_mib * 2**20 // scorer.read_bytes if scorer.reads_alone else 0
+    console.print(f"up to {kept:,} tokens of prompts and images are kept (--prefix-cache-mib)", highlight=False)
     seconds = round(limits.seconds)
     config = uvicorn.Config(
         app,

@@ -1,4 +1,5 @@
-"""`mmrm serve` under load: latency, throughput beside scoring without a server, and what best-of-64 costs.
+"""`mmrm serve` under load: latency, throughput beside scoring without a server, what best-of-64 costs, and what one
+response costs when its image is new, when its prompt is, and when both were there before.
 
     python benchmarks/serving.py --size big --json serving.json
 
@@ -165,6 +166,20 @@ def median_seconds(url: str, request: Request, repeats: int) -> float:
     return float(np.median(taken[1:]))
 
 
+def one_response(url: str, side: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a request of one response about a new image, a new prompt, and neither; nobody else asks."""
+    taken: dict[str, list[float]] = {"image": [], "prompt": [], "neither": []}
+    for i in range(repeats + 1):
+        ((image, prompt, answers),) = make_requests(1, 2, side, seed=100 + i)
+        asks = ((prompt, answers[0]), (prompt + " And why?", answers[0]), (prompt, answers[1]))
+        for new, (asked, answer) in zip(taken, asks, strict=True):
+            started = time.monotonic()
+            sent = httpx.post(f"{url}/v1/score", json=body((image, asked, [answer])), timeout=300)
+            sent.raise_for_status()
+            taken[new].append(time.monotonic() - started)
+    return {new: float(np.median(times[1:])) for new, times in taken.items()}
+
+
 def offline(folder: Path, requests: list[Request], options: Serving) -> tuple[list[np.ndarray], float]:
     """(rewards, requests a second) of `score_many` in this process."""
     rm = mmrm_jax.load(folder, batch_size=options.batch_size)
@@ -190,16 +205,31 @@ def main() -> None:
         with server(folder, options.batch_size) as url:
             load(url, requests, want, options.clients, options.seconds / 3)
             found = load(url, requests, want, options.clients, options.seconds)
+            alike = one_response(url, side, options.repeats)
             times = {n: median_seconds(url, make_requests(1, n, side)[0], options.repeats) for n in (1, 32, 64)}
     slope = (times[64] - times[32]) / 32
     result = found | {
         "offline_requests_per_s": alone,
         "of_offline": found["requests_per_s"] / alone,
         "seconds_by_responses": times,
+        "seconds_by_what_is_new": alike,
         "best_of_64_over_its_responses": times[64] / (64 * slope),
     }
     table = Table(title=f"mmrm serve, {options.size}, {options.clients} clients, {options.seconds:g} s")
-    for heading in ("requests", "a second", "of offline", "p50", "p95", "p99", "failed", "wrong", "best of 64"):
+    for heading in (
+        "requests",
+        "a second",
+        "of offline",
+        "p50",
+        "p95",
+        "p99",
+        "failed",
+        "wrong",
+        "best of 64",
+        "new image",
+        "new prompt",
+        "neither",
+    ):
         table.add_column(heading, justify="right")
     table.add_row(
         f"{found['requests']}",
@@ -209,6 +239,7 @@ def main() -> None:
         f"{found['failed']}",
         f"{found['wrong']}",
         f"{times[64]:.2f} s, {result['best_of_64_over_its_responses']:.2f}x its responses",
+        *(f"{1000 * seconds:.0f} ms" for seconds in alike.values()),
     )
     console.print(table)
     if options.json is not None:

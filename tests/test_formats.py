@@ -233,7 +233,7 @@ def test_turns_before_the_prompt_are_its_history(folder: Path) -> None:
         {**SWIFT, "messages": [q, a, p, SWIFT["messages"][1]]},
         {**TRL, "prompt": [message("user", ..., "q"), a, p]},
         {**PART, "image": "i.png", "history": SAID},
-        {"prompt": "p", "img_path": "i.png", "responses": ["good", "bad"], "history": SAID},
+        {"prompt": "p", "img_path": "i.png", "responses": ["good", "bad"], "history": SAID, "rejected_images": None},
     ]
     groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
     assert quarantined == [] and [len(g.images) for g in groups] == [1] * len(rows)
@@ -329,6 +329,10 @@ BROKEN = {
         "'prompt' has 1 <image> but the row has 2",
     ),
     "second image": ({**PART, "images": ["i.png", "no.png"]}, "missing image file: 'images[1]' points to"),
+    "swift other": (
+        {**without(SWIFT, "rejected_response"), "rejected_images": ["i.png"]},
+        "missing field: the row has no 'rejected_response'",
+    ),
     "bytes as text": (
         {**PART, "image": {"bytes": "iVBORw0KGgo=", "path": "i.png"}},
         "'image.bytes' is a text; only Parq",

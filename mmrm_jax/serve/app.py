@@ -140,12 +140,14 @@ def _add_scoring(app: FastAPI, score: Score, name: str, template: Template) -> N
     async def v1_score_upload(
         prompt: Annotated[str, Form()],
         responses: Annotated[list[str], Form()],
+        history: Annotated[list[str] | None, Form()] = None,
         images: Annotated[list[UploadFile] | None, File()] = None,
         proxy: Annotated[bool, Form()] = False,
     ) -> schemas.ScoreAnswer:
         """The same with images as uploaded files."""
         shown = tuple([await image.read() for image in images or []])
-        (found,) = await score(lambda: [Ask(shown, prompt, tuple(responses))], proxy=proxy)
+        asked = [Ask(shown, prompt, tuple(responses), tuple(history or ()))]
+        (found,) = await score(lambda: asked, proxy=proxy)
         return schemas.ScoreAnswer(model=name, rewards=found.rewards, proxy=found.proxy)
 
     @app.post("/get_reward")

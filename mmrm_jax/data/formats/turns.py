@@ -68,9 +68,10 @@ def read_llama_factory(row: Row) -> Record:
 def read_ms_swift(row: Row) -> Record:
     """ms-swift: `messages`, the last of which is the chosen response, and `rejected_response` or `rejected_messages`.
 
-    `rejected_response` may be a list of several; `images` stand at the `<image>` of the prompt.
+    `rejected_response` may be a list of several; `images` stand at the `<image>` of the user's messages.
+    `rejected_images` may only repeat them: a group has one list of images.
     """
-    if row.get("rejected_images"):
+    if row.get("rejected_images") not in (None, [], row.get("images")):
         raise RowError(
             "images differ: 'rejected_images' gives the rejected response images of its own, which are not compared; "
             "leave the row out"

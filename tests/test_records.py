@@ -276,9 +276,14 @@ def test_unusable_files_raise_and_name_the_file(write, tmp_path):
         read_groups(tmp_path / "no.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         read_groups(tmp_path)
-    (tmp_path / "latin.jsonl").write_bytes(json.dumps(PAIR).encode() + b'\n{"prompt": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8 text: line 2"):
-        read_groups(tmp_path / "latin.jsonl")
+    latin = b'{"prompt": "caf\xe9"}\n'
+    for name, content in (("latin.jsonl", latin + json.dumps(PAIR).encode()), ("latin.json", b"[\n" + latin + b"]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name} is not UTF-8 text: line {1 + name.endswith('.json')}"):
+            read_groups(tmp_path / name)
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(PAIR).encode() + b"\n" + latin + json.dumps(PAIR).encode())
+    groups, (bad,) = read_groups(tmp_path / "latin.jsonl")
+    assert len(groups) == 2 and bad.row == 2 and bad.reason.startswith("broken text: the line is not UTF-8")
     with pytest.raises(DataError, match=r"cut\.json is not a valid JSON list"):
         read_groups(write('[{"prompt": ', name="cut.json"))
     for rows in ([json.dumps([PAIR, PAIR])], json.dumps([PAIR, PAIR], indent=1).split("\n")):

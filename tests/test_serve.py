@@ -435,8 +435,13 @@ def test_the_command_serves_drains_and_ends(model: Path, tmp_path: Path, capsys)
     assert answer.status_code == 200 and len(answer.json()["rewards"]) == 400
     client.close()
     assert process.wait(60) in (0, -signal.SIGTERM)
-    for more, message in (("--token-file", "is empty"), ("--limits.queue", "limits.queue is 0; it must be above 0")):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         (tmp_path / "token").write_text("\n")
-        value = tmp_path / "token" if more == "--token-file" else 0
-        status, text = run(capsys, "serve", "--model", model, more, value)
-        assert status == 2 and message in text, text
+        for more, value, message in (
+            ("--token-file", tmp_path / "token", "is empty"),
+            ("--limits.queue", 0, "limits.queue is 0; it must be above 0"),
+            ("--port", taken.getsockname()[1], "cannot be listened on: [Errno 98] Address already in use"),
+            ("--port", 99_999, "port is 99999; it must be from 0 to 65535"),
+        ):
+            status, text = run(capsys, "serve", "--model", model, more, value)
+            assert status == 2 and message in " ".join(text.split()), text

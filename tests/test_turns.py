@@ -11,9 +11,9 @@ from mmrm_jax.data.formats.fields import RowError
 from mmrm_jax.data.templates import TEMPLATES, spell
 from mmrm_jax.data.text import ChatTokenizer, TextError, encode_texts
 from mmrm_jax.eval.scorer import Scorer
-from mmrm_jax.serve.asks import of_classify, of_messages, of_score, rendered
+from mmrm_jax.serve.asks import of_classify, of_messages, of_open_rlhf, of_score, rendered
 from mmrm_jax.serve.prefixes import Asked, Prefixes
-from mmrm_jax.serve.schemas import ClassifyRequest, Message, ScoreRequest
+from mmrm_jax.serve.schemas import ClassifyRequest, Message, OpenRlhfRequest, ScoreRequest
 from mmrm_jax.tiny import MODEL_DIR
 
 HISTORY, PROMPT, RESPONSES = ("What is it?", "A red circle."), "Is it big?", ["Yes, it is.", "No."]
@@ -104,6 +104,15 @@ def test_what_clients_send() -> None:
             of_messages(broken)
     with pytest.raises(ValueError, match=r"messages\[1\] has an image"):
         of_messages([said[0], message("assistant", "a", png(2))])
+
+
+def test_a_query_of_another_chat_template_is_refused() -> None:
+    query = "<|im_start|>user\nColour?<|im_end|>\n<|im_start|>assistant\nIt is red."
+    request = OpenRlhfRequest(query=["Colour? Red.", query], prompts=["Colour?", query[: -len("It is red.")]])
+    with pytest.raises(ValueError, match=r"query\[1\] spells <\|im_start\|>, but not as .* chatml-plain does"):
+        of_open_rlhf(request, TEMPLATES["chatml-plain"])
+    (ask,) = of_open_rlhf(OpenRlhfRequest(query=[query + "<|im_end|>\n"]), TEMPLATES["chatml"])
+    assert (ask.prompt, ask.responses) == ("Colour?", ("It is red.",))
 
 
 @pytest.mark.parametrize("name", sorted(name for name, t in TEMPLATES.items() if t.before_next is not None))

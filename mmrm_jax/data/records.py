@@ -153,6 +153,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_read_parquet(path), start=1)
         return
     text = _read_text(path)
+    lines = text.split("\n")  # not splitlines(): U+2028 and its like are ordinary characters inside a JSON string
+    wrong = next((number for number, line in enumerate(lines, start=1) if _wrong_bytes(line)), None)
+    if wrong is not None and (wrong == 1 or text.lstrip().startswith("[")):
+        raise DataError(
+            f"{path} is not UTF-8 text: line {wrong} has a wrong byte; a preference file is JSONL, a "
+            "JSON list, or Parquet named *.parquet"
+        )
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), start=1)
@@ -164,8 +171,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path} is one JSON list of rows, which is read from files named *.json: rename it to {path.stem}.json, "
             "or write one object a line"
         )
-    # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _parse_line(line)
 
@@ -192,7 +198,14 @@ def _is_list(text: str) -> bool:
         return False
 
 
+def _wrong_bytes(line: str) -> bool:
+    """Whether bytes of a line were no UTF-8, as `surrogateescape` keeps them."""
+    return not line.isascii() and any("\udc80" <= character <= "\udcff" for character in line)
+
+
 def _parse_line(line: str) -> Any:
+    if _wrong_bytes(line):
+        return RowError("broken text: the line is not UTF-8; fix its encoding")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -201,13 +214,7 @@ def _parse_line(line: str) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path} is not UTF-8 text: line {line} has a wrong byte; a preference file is JSONL, a "
-            "JSON list, or Parquet named *.parquet"
-        ) from error
+        return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise _unreadable(path, error) from error
 

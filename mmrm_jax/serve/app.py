@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import uuid
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 from starlette.exceptions import HTTPException
@@ -80,13 +82,15 @@ def make_app(
     metrics = Metrics()
     engine = Engine(scorer, limits, metrics, prefix_cache=prefix_cache)
     template = scorer.checkpoint.processor.chat.template
-    ready = threading.Event()
+    ready, stopping = threading.Event(), threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        warming = threading.Thread(target=_warm, args=(engine, ready, warm), daemon=True)
+        warming = threading.Thread(target=_warm, args=(engine, ready, stopping, warm))
         warming.start()
         yield
+        stopping.set()
+        warming.join()  # a process must not end while XLA compiles
         ready.clear()
         metrics.ready.set(0)
         engine.close()
@@ -232,18 +236,19 @@ def _add_problems(app: FastAPI) -> None:
         return Json({"detail": error.detail}, error.status_code, headers=error.headers)
 
 
-def _warm(engine: Engine, ready: threading.Event, warm: bool) -> None:
-    """Compile what common requests run through: with and without an image, of one, two and four responses."""
+def _warm(engine: Engine, ready: threading.Event, stopping: threading.Event, warm: bool) -> None:
+    """Compile what common requests run through: without an image, with a small one and with a photo, of one, two and
+    four responses. Ends between two compilations when the server stops."""
     scorer, prefixes = engine.scorer, engine.prefixes
-    if warm:
-        side = scorer.checkpoint.processor.preprocessing.image_size
-        features = scorer.features(np.full((1, side, side, 3), 255, np.uint8))
-        for shown in ([], [features]):
-            for responses in (1, 2, 4):
-                for branch in scorer.views:
-                    answers, proxy = ["An answer."] * responses, branch == "proxy"
-                    group = scorer.encode(shown, "What is this?", answers, proxy=proxy, alone=prefixes.on)[0]
-                    prefixes.rewards([Asked(group, b"of no image's bytes")], branch)  # type: ignore[arg-type]
+    side = scorer.checkpoint.processor.preprocessing.image_size
+    sizes = ((), (side, side), (4 * side, 3 * side)) if warm else ()
+    for size, responses, branch in itertools.product(sizes, (1, 2, 4), scorer.views):
+        if stopping.is_set():
+            return
+        shown = [scorer.features(scorer.tiles(Image.new("RGB", size)))] if size else []  # type: ignore[arg-type]
+        answers, proxy = ["An answer."] * responses, branch == "proxy"
+        group = scorer.encode(shown, "What is this?", answers, proxy=proxy, alone=prefixes.on)[0]
+        prefixes.rewards([Asked(group, repr(size).encode())], branch)  # type: ignore[arg-type]
     ready.set()
     engine.metrics.ready.set(1)
 

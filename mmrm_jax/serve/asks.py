@@ -48,6 +48,12 @@ def _of_query(images: tuple[bytes, ...], query: str, prompt: str | None, templat
     if (found := rendered(query, template)) is not None:
         *history, asked, response = found
         return Ask(images, asked, (response,), tuple(history))
+    spelt = next((token for token in template.special_tokens if token in query), None)
+    if spelt is not None:
+        raise ValueError(
+            f"query[{i}] spells {spelt}, but not as the model's chat template {template.name} does: render it with the "
+            "tokenizer of the model's folder"
+        )
     if prompt is not None and query.startswith(prompt):
         return Ask(images, prompt, (query[len(prompt) :],))
     raise ValueError(

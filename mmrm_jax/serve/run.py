@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -32,37 +33,46 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way are answered.
 
-    Raises ValueError where the folder is no reward model, the token is empty, or a size is below 0.
+    Raises ValueError where the folder is no reward model, the token is empty, a size is below 0, or the address cannot
+    be listened on.
     """
     if prefix_cache_mib < 0:
         raise ValueError(f"prefix_cache_mib is {prefix_cache_mib}; it must be at least 0")
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
     if token == "":
         raise ValueError(f"{token_file} is empty; it must hold the token that clients are to send")
-    scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
-    try:
-        scorer = with_proxy(scorer)
-    except ValueError:
-        console.print("no proxy in the folder: only the model's own rewards are served")
-    if host not in LOCAL and token is None:
-        console.print(
-            f"{host} can be reached from other machines, and anyone may ask: give --token-file", style="yellow"
+    with _listen(host, port) as listener:
+        scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
+        try:
+            scorer = with_proxy(scorer)
+        except ValueError:
+            console.print("no proxy in the folder: only the model's own rewards are served")
+        if host not in LOCAL and token is None:
+            console.print(
+                f"{host} can be reached from other machines, and anyone may ask: give --token-file", style="yellow"
+            )
+        app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        console.print(f"{address}  page at /, OpenAPI at /docs, ready at /ready", highlight=False, markup=False)
+        kept = prefix_cache_mib * 2**20 // scorer.read_bytes if scorer.reads_alone else 0
+        console.print(f"up to {kept:,} tokens of prompts and images are kept (--prefix-cache-mib)", highlight=False)
+        seconds = round(limits.seconds)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=seconds,
+            timeout_keep_alive=30,
+            server_header=False,
         )
-    app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
-    console.print(f"http://{host}:{port}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)
-    kept = prefix_cache_mib * 2**20 // scorer.read_bytes if scorer.reads_alone else 0
-    console.print(f"up to {kept:,} tokens of prompts and images are kept (--prefix-cache-mib)", highlight=False)
-    seconds = round(limits.seconds)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=seconds,
-        timeout_keep_alive=30,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    server.run()
-    if not server.started:
-        raise ValueError(f"{host}:{port} cannot be listened on; is another server there?")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket of the address, before anything is loaded. Raises ValueError where it cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}; it must be from 0 to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"{host}:{port} cannot be listened on: {error}; is another server there?") from error

@@ -37,6 +37,8 @@ def data(tmp_path_factory) -> Path:
             asked["img_path"] = "images/none.png"
         if i % 19 == 3:
             asked["responses"] = [*responses, " "]
+        if i == 7:
+            asked["history"] = ["What is it?", "A square."]
         lines.append("{cut" if i == 33 else json.dumps(asked))
     lines.append(json.dumps({"prompt": "half \ud800", "img_path": None, "responses": ["a"]}))
     file = folder / "rows.jsonl"
@@ -128,10 +130,12 @@ def test_parquet_holds_the_same(capsys, data: Path, whole: Path, tmp_path: Path)
     assert run(capsys, *arguments(data, out))[0] == 0
     found = pq.read_table(out).to_pylist()
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert len(found) == len(lines)
+    assert len(found) == len(lines) and sum("history" in line for line in lines) == 2
     for row, line in zip(found, lines, strict=True):
         assert row["score"] == (pytest.approx(line["score"], abs=1e-5) if "score" in line else None)
         known = {k: v for k, v in line.items() if k != "score"} | {"prompt": line.get("prompt")}
+        if "history" in line:
+            known["history"] = json.dumps(line["history"])
         if line.get("prompt") == "half \ud800":
             known["prompt"] = "half \\ud800"
         assert {k: v for k, v in row.items() if v is not None and k != "score"} == {

@@ -105,6 +105,8 @@ def score_file(
     source, rows = _open_rows(spec, image_root)
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     scorer, drawn = open_scorer(model, mesh, dtype, batch_size, draw_score)
+    if out.exists():
+        console.print(f"{out} is there, and will be replaced once all is scored", highlight=False, markup=False)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {draw_score}: {', '.join(drawn)}")
     settings = {"dtype": dtype, "batch_size": batch_size, "buckets": buckets, "draw_score": draw_score}

@@ -18,7 +18,7 @@ from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.train.manifest import write_atomic
 from mmrm_jax.types import Quarantined
 
-COLUMNS = {name: pa.string() for name in ("id", "prompt", "img_path", "response")}
+COLUMNS = {name: pa.string() for name in ("id", "history", "prompt", "img_path", "response")}
 COLUMNS |= {"score": pa.float64(), "error": pa.string(), "file": pa.string(), "row": pa.int64()}
 
 
@@ -80,7 +80,7 @@ def _write_lines(out: Path, files: Iterator[Path]) -> None:
 
 
 def _write_parquet(out: Path, files: Iterator[Path]) -> None:
-    """A row group a part; several image paths of a prompt are a JSON list."""
+    """A row group a part; several image paths of a prompt, and its history, are JSON lists."""
     schema = pa.schema(list(COLUMNS.items()))
     with pq.ParquetWriter(out, schema) as writer:
         for file in files:

@@ -40,7 +40,8 @@ RULES: Mapping[str, MeshAxes] = {
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (default: all), laid out along the links between them.
 
-    With `dcn_data` above 1 each part of the data axis is one slice (on platforms without slices, one process).
+    With `dcn_data` above 1 each part of the data axis is one slice (on platforms without slices, one process). TPUs
+    have slices; elsewhere JAX calls each host one, and any axis may span hosts: InfiniBand joins them.
     Raises ValueError where the sizes do not multiply to the number of devices, or the slices are not `dcn_data`.
     """
     devices = jax.devices() if devices is None else devices
@@ -58,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 def _within_slice(sizes: list[int], devices: list[Any]) -> np.ndarray:
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices > 1:
+    if slices > 1 and devices[0].platform == "tpu":
         raise ValueError(f"the devices are {slices} slices, which only the data axis may span: set dcn_data={slices}")
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 

@@ -55,12 +55,17 @@ class Group:
     history: tuple[str, ...] = ()
 
     @property
+    def turns(self) -> tuple[str, ...]:
+        """What the responses answer: the prompt, after the turns before it."""
+        return (*self.history, self.prompt)
+
+    @property
     def asked(self) -> str:
-        """What the responses answer, for people and for comparing: the prompt, after the turns before it."""
+        """The same as one text, for people."""
         if not self.history:
             return self.prompt
         speakers = itertools.cycle(("User", "Assistant"))
-        return "\n".join(f"{who}: {text}" for who, text in zip(speakers, (*self.history, self.prompt), strict=False))
+        return "\n".join(f"{who}: {text}" for who, text in zip(speakers, self.turns, strict=False))
 
     @property
     def images(self) -> tuple[Path | bytes, ...]:

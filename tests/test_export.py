@@ -284,6 +284,8 @@ def test_a_chat_template_spells_its_conversation(name):
         more = template.render(messages=[*messages, messages[0], {"role": "assistant", "content": " No. "}])
         pieces = TEMPLATES[name].pieces(("", "\nWhat?"), (1, 1), " No. ", [(("", "\nWhat?"), "A “pear”\n.")])
         assert more.replace("<IMG_CONTEXT>", image) == spell(pieces)
+        system = template.render(messages=[{"role": "system", "content": "S"}, *messages])
+        assert system.replace("<IMG_CONTEXT>", image) == rendered  # the format's own stands, not the one given
     asked = template.render(messages=messages[:1], add_generation_prompt=True).replace("<IMG_CONTEXT>", image)
     assert asked.rstrip() == spell(TEMPLATES[name].pieces(("", "\nWhat?"), (1,), "")).rstrip()
 

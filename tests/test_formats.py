@@ -17,6 +17,7 @@ from mmrm_jax.data.formats import FORMATS, format_of
 from mmrm_jax.data.formats.fields import RowError
 from mmrm_jax.data.records import DataError, read_groups, split_format
 from mmrm_jax.data.scoring import read_scoring
+from mmrm_jax.data.sources import MemorySource, fingerprint, group_identity
 from mmrm_jax.data.tfds.features import decode_group, encode_group
 from mmrm_jax.types import Comparison
 
@@ -226,7 +227,7 @@ def test_turns_before_the_prompt_are_its_history(folder: Path) -> None:
     first = [user("<image>\nq"), gpt("a")]
     q, a, p = (dict(zip(("role", "content"), m)) for m in (("user", "<image>q"), ("assistant", "a"), ("user", "p")))
     rows = [
-        {**POVID, **{name: [*first, *POVID[name]] for name in ("conversations", "rejected_conversations")}},
+        {**POVID, "conversations": [*first, user("p"), gpt("good")]},
         {**LLAVA, "conversations": [*first, user("p")]},
         {**FACTORY, "conversations": [*first, user("p")]},
         {**FACTORY, "conversations": [user("q"), gpt("a"), user("p <image> ?")]},
@@ -235,24 +236,69 @@ def test_turns_before_the_prompt_are_its_history(folder: Path) -> None:
         {**PART, "image": "i.png", "history": SAID},
         {"prompt": "p", "img_path": "i.png", "responses": ["good", "bad"], "history": SAID, "rejected_images": None},
     ]
+    rows[0]["rejected_conversations"] = [*first, user("p"), gpt("bad")]
     groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
     assert quarantined == [] and [len(g.images) for g in groups] == [1] * len(rows)
     assert [g.history for g in groups] == [
-        *[("q", "a")] * 2,
-        ("<image>\nq", "a"),
+        *[("<image>\nq", "a")] * 3,
         ("q", "a"),
         ("<image>q", "a"),
         ("<image>\nq", "a"),
         *[("q", "a")] * 2,
     ]
     assert [g.prompt for g in groups] == ["p", "p", "p", "p \n<image>\n ?", "p", "p", "p", "p"]
-    assert groups[0].asked == "User: q\nAssistant: a\nUser: p"
+    assert groups[-1].asked == "User: q\nAssistant: a\nUser: p"
     assert all(decode_group(encode_group(g)).history == g.history for g in groups)
     lines = [row.lines[0] for row in read_scoring(folder / "f.jsonl", None)]
     assert [(line["prompt"], tuple(line["history"])) for line in lines] == [(g.prompt, g.history) for g in groups]
 
 
+def test_an_image_stays_in_the_turn_that_shows_it(folder: Path) -> None:
+    said, p = [user("q"), gpt("a")], {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "p"}]}
+    rows = [
+        {**LLAVA, "conversations": [*said, user("p\n<image>")]},
+        {**LLAVA, "image": ["i.png", "j.png"], "conversations": [user("<image>q"), gpt("a"), user("p\n<image>")]},
+        {**TRL, "prompt": [message("user", "q"), message("assistant", "a"), p]},
+        {**PART, "images": ["i.png"], "history": SAID},
+    ]
+    groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
+    assert quarantined == [] and [len(g.images) for g in groups] == [1, 2, 1, 1]
+    assert [g.turns for g in groups] == [
+        ("q", "a", "<image>\np"),
+        ("<image>\nq", "a", "<image>\np"),
+        ("q", "a", "<image>\np"),
+        ("q", "a", "p"),
+    ]
+
+
+def test_turns_are_told_from_a_prompt_that_spells_them(folder: Path) -> None:
+    rows = [
+        {**PART, "img_path": None, "id": "1", "history": SAID},
+        {**PART, "img_path": None, "id": "1", "prompt": "User: q\nAssistant: a\nUser: p"},
+    ]
+    groups, _ = read_groups(write(folder / "f.jsonl", *rows))
+    assert groups[0].asked == groups[1].asked and groups[0].turns != groups[1].turns
+    assert group_identity(groups[0], {}) != group_identity(groups[1], {})
+    assert len({fingerprint(MemorySource((group,)), {}) for group in groups}) == 2
+
+
 BROKEN = {
+    "trl assistant's image": (
+        {**TRL, "prompt": [message("user", "q"), message("assistant", ..., "a"), message("user", "p")]},
+        "image of the assistant: 1 in turns before 'prompt[2].content'",
+    ),
+    "swift assistant's image": (
+        {**SWIFT, "messages": [message("user", "q"), GOOD, message("user", "p"), GOOD]},
+        "wrong type: 'messages[0].content' is a list",
+    ),
+    "factory assistant's image": (
+        {**FACTORY, "conversations": [user("q"), gpt("<image>"), user("p")]},
+        "image of the assistant: 1 in turns before 'conversations[2].value'",
+    ),
+    "history beside a question": (
+        {**without(RLAIF_V, "image"), "image": "i.png", "history": SAID},
+        "turns not read: 'history' has turns that this format does not read",
+    ),
     "povid turns": ({**POVID, "conversations": "x"}, "wrong type: 'conversations' is a text; it must be a list"),
     "povid turn": (
         {**POVID, "conversations": [{"from": "human"}, gpt("good")]},

@@ -228,6 +228,21 @@ def test_padding_comparisons_contribute_nothing() -> None:
 # --- the two-feature table of METHOD.md -----------------------------------------------------------------------------
 
 
+def test_the_accuracy_of_the_two_feature_model_is_that_of_draws() -> None:
+    """Weights of any sign: against the image too, which is what labels that go against it teach."""
+    rng = np.random.default_rng(0)
+    for cue, image, agree, mu, against in (
+        (0.4, -0.43, 0.6, 1.0, 0.7),
+        (0.0, -1.0, 0.5, 1.0, 0.0),
+        (2.0, 0.5, 0.9, 2, 0.1),
+    ):
+        c = np.where(rng.random(400_000) < agree, 1.0, -1.0)
+        sign = np.where(rng.random(400_000) < against, -1.0, 1.0)
+        drawn = np.mean(cue * c + image * (sign * mu + rng.standard_normal(400_000)) > 0)
+        assert accuracy(np.asarray([cue, image]), agree, mu, against) == pytest.approx(drawn, abs=4e-3)
+    assert accuracy(np.asarray([1.0, 0.0]), 0.8, 1.0, 0.1) == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize(
     ("agree", "mu", "against_image", "standard_row", "shortcut_row"),
     [

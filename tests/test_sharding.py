@@ -264,20 +264,22 @@ class Device:
     device_kind: str = "cpu"
 
 
-@pytest.mark.parametrize("by", ["slice", "process"])
-def test_only_the_data_axis_crosses_the_data_centre(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+@pytest.mark.parametrize(("by", "platform"), [("slice", "gpu"), ("process", "cpu")])
+def test_only_the_data_axis_crosses_the_data_centre(monkeypatch: pytest.MonkeyPatch, by: str, platform: str) -> None:
+    """JAX calls each host of GPUs a slice, too; those InfiniBand joins, and any axis may span them."""
     monkeypatch.setattr("mmrm_jax.sharding.Mesh", lambda grid, names, **_: grid)
     # Two granules of four, whose devices come interleaved.
-    devices = [Device(i, i % 2 * (by == "process"), i % 2 * (by == "slice")) for i in range(8)]
+    devices = [Device(i, i % 2 * (by == "process"), i % 2 * (by == "slice"), platform) for i in range(8)]
     grid = make_mesh(MeshConfig(-1, 2, 1, dcn_data=2), devices)
     assert grid.shape == (4, 2, 1)
     assert [[d.id % 2 for d in row.ravel()] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     for wrong in (MeshConfig(1, 8, 1, dcn_data=2), MeshConfig(4, 2, 1, dcn_data=4), MeshConfig(8, 1, 1, dcn_data=8)):
         with pytest.raises(ValueError, match=r"dcn_data=\d must divide data=\d.* slices .*dcn_data=1 is for"):
             make_mesh(wrong, devices)
+    assert make_mesh(MeshConfig(1, 8, 1), devices).shape == (1, 8, 1)
     if by == "slice":  # what no setting says must not put FSDP on the slow network
         with pytest.raises(ValueError, match=r"2 slices, .* set dcn_data=2"):
-            make_mesh(MeshConfig(1, 8, 1), devices)
+            make_mesh(MeshConfig(1, 8, 1), [dataclasses.replace(device, platform="tpu") for device in devices])
 
 
 def test_a_mesh_that_cuts_through_heads_raises() -> None:

@@ -15,6 +15,7 @@ from mmrm_jax.serve.asks import of_classify, of_messages, of_open_rlhf, of_score
 from mmrm_jax.serve.prefixes import Asked, Prefixes
 from mmrm_jax.serve.schemas import ClassifyRequest, Message, OpenRlhfRequest, ScoreRequest
 from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.types import Group
 
 HISTORY, PROMPT, RESPONSES = ("What is it?", "A red circle."), "Is it big?", ["Yes, it is.", "No."]
 CLOSE = 1e-5
@@ -72,6 +73,21 @@ def test_all_of_it_is_the_prefix_of_the_responses(chat: ChatTokenizer) -> None:
         encode_texts(zh, PROMPT, RESPONSES, 0, {"primary": "absent"}, 1000, None, HISTORY)
 
 
+def test_text_alone_sees_the_same_whether_others_look_or_not(rm: Scorer) -> None:
+    """Images that stand in several turns leave no place behind, nor does one blank tile stand for two."""
+    said = ("<image>\nWhat is it?", "Red.")
+    group = Group("", "<image>\nAnd this?", ("a", "b"), (), png(1), "", "", 0, more_images=(png(2),), history=said)
+    processor = rm.checkpoint.processor
+    for view in ("absent", "blank"):
+        both = {"primary": "multimodal", "proxy": view}
+        alone, beside = (processor.encode(group, 0, views).prefixes["proxy"] for views in ({"proxy": view}, both))
+        assert alone.tokens.tolist() == beside.tokens.tolist() and alone.visual.tolist() == beside.visual.tolist()
+        assert processor.measure(group, {"proxy": view}).prefixes == {"proxy": len(alone.tokens)}  # type: ignore[dict-item]
+    assert "image" not in processor.chat.tokenizer.decode(
+        processor.encode(group, 0, {"proxy": "absent"}).prefixes["proxy"].tokens
+    )
+
+
 def test_rewards_look_at_the_turns_before(rm: Scorer) -> None:
     rewards = rm.score(png(1), PROMPT, RESPONSES, HISTORY)
     assert not np.allclose(rewards, rm.score(png(1), PROMPT, RESPONSES), atol=1e-3)
@@ -119,5 +135,10 @@ def test_a_query_of_another_chat_template_is_refused() -> None:
 def test_rendered_turns_are_read_back(name: str) -> None:
     text = spell(TEMPLATES[name].pieces((PROMPT,), (), "A.\nB", [((HISTORY[0],), HISTORY[1]), (("c",), "d")]))
     assert rendered(text, TEMPLATES[name]) == [*HISTORY, "c", "d", PROMPT, "A.\nB"]
+    for other in (text.rstrip("\n"), text + "x"):  # generation ends before a last line break; a text goes on
+        assert (rendered(other, TEMPLATES[name]) == rendered(text, TEMPLATES[name])) is (other != text + "x")
+    unanswered = spell(TEMPLATES[name].pieces((PROMPT,), (), "", [((HISTORY[0],), HISTORY[1])]))
+    asked = unanswered.removesuffix(spell(TEMPLATES[name].before_response))
+    assert rendered(asked, TEMPLATES[name]) is None or rendered(asked, TEMPLATES[name])[-1] != PROMPT
     (ask,) = of_classify(ClassifyRequest(input=text), TEMPLATES[name])
     assert (ask.history, ask.prompt, ask.responses) == ((*HISTORY, "c", "d"), PROMPT, ("A.\nB",))

@@ -86,8 +86,9 @@ def fit(objective: Objective, worlds: Sequence[TwoFeatureWorld], steps: int = 40
 def accuracy(weights: Float[np.ndarray, "2"], agreement: float, evidence: float, against_image: float) -> float:
     """P(margin > 0), a fraction: a Gaussian's tail in each of the four cases."""
     cue, image = weights
+    spread = math.sqrt(2) * max(abs(image), 1e-30)
     return sum(
-        p_cue * p_image * 0.5 * (1 + math.erf((c * cue / image + sign * evidence) / math.sqrt(2)))
+        p_cue * p_image * 0.5 * (1 + math.erf((c * cue + sign * image * evidence) / spread))
         for p_cue, c in ((agreement, 1.0), (1 - agreement, -1.0))
         for p_image, sign in ((1 - against_image, 1.0), (against_image, -1.0))
     )

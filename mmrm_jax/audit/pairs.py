@@ -77,7 +77,8 @@ def index_comparisons(
     Raises DataError where an image cannot be read.
     """
     texts: dict[str, int] = {}
-    prompts: dict[str, int] = {}
+    prompts: dict[tuple[str, ...], int] = {}
+    shown_prompts: list[str] = []
     images: dict[str, int] = {}
     known: dict[Path, str] = {}
     read = []
@@ -93,7 +94,9 @@ def index_comparisons(
                 continue
             numbers = [texts.setdefault(text, len(texts)) for text in group.responses]
             image = images.setdefault(group_identity(group, known), len(images))
-            prompt = prompts.setdefault(group.asked, len(prompts))
+            prompt = prompts.setdefault(group.turns, len(prompts))
+            if prompt == len(shown_prompts):
+                shown_prompts.append(group.asked)
             rows += [(index, c.winner, c.loser, numbers[c.winner], numbers[c.loser], image, prompt) for c in judged]
         read.append((np.asarray(rows, np.int64).reshape(-1, 7).T, ties, shown))
     fields = ("group", "winner", "loser", "chosen", "rejected", "image", "prompt")
@@ -110,7 +113,7 @@ def index_comparisons(
         )
         for (name, spec, source), (columns, ties, shown) in zip(named, read, strict=True)
     ]
-    return Corpus(tuple(texts), tuple(prompts), tuple(environments))
+    return Corpus(tuple(texts), tuple(shown_prompts), tuple(environments))
 
 
 def linked(image: Int[np.ndarray, "C"], prompt: Int[np.ndarray, "C"]) -> Int[np.ndarray, "C"]:

@@ -47,10 +47,10 @@ def join_rows(data: EncodedSource, most: int) -> EncodedSource:
     read.
     """
     known: dict[Path, str] = {}
-    together: dict[tuple[str, str, str, str | None], list[list[int]]] = {}
+    together: dict[tuple[str, tuple[str, ...], str, str | None], list[list[int]]] = {}
     for index in range(len(data)):
         group = data.group(index)
-        same = (group_identity(group, known), group.asked, group.environment, group.caption)
+        same = (group_identity(group, known), group.turns, group.environment, group.caption)
         parts = together.setdefault(same, [[]])
         if len(parts[-1]) == most:
             parts.append([])

@@ -14,13 +14,14 @@ from mmrm_jax.types import Group
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A group of a split: where it is from, its images (or, without one, its prompt) as hashes, and its prompt."""
+    """A group of a split: where it is from, its images (or, without one, its prompt) as hashes, and its prompt after
+    the turns before it."""
 
     file: str
     row: int
     id: str
     identities: tuple[str, ...]
-    prompt: str
+    prompt: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Overlap:
 
 def seen(group: Group, known: dict[Path, str]) -> Seen:
     """A group as `overlaps` takes it; raises DataError where an image cannot be read (see `image_identities`)."""
-    return Seen(group.file, group.row, group.id, tuple(image_identities(group, known)), group.asked)
+    return Seen(group.file, group.row, group.id, tuple(image_identities(group, known)), group.turns)
 
 
 def overlaps(splits: Mapping[str, Sequence[Seen]]) -> list[Overlap]:

@@ -96,12 +96,12 @@ class Processor:
         shown = features
         if shown is None:
             shown = [self.tiles(image, change) for image in group.images] if _looks(views) else []
-        counts = [len(tiles) for tiles in shown]
-        text = self._texts(group, counts, views)
+        text = self._texts(group, [len(tiles) for tiles in shown], views)
         return EncodedGroup(index, text.prefixes, text.responses, joined(shown), group.comparisons)
 
     def _texts(self, group: Group, tiles: Sequence[int], views: dict[str, BranchInput]) -> GroupTokens:
         g = group
+        tiles = tiles or [1] * len(g.images)  # where no branch looks at them: how many places there are
         return encode_texts(self.chat, g.prompt, g.responses, tiles, views, self.max_length, g.caption, g.history)
 
     def tiles(self, image: Path | bytes, change: Change = unchanged) -> UInt8[np.ndarray, "T S S 3"]:
@@ -111,7 +111,7 @@ class Processor:
     def measure(self, group: Group, views: dict[str, BranchInput]) -> GroupShape:
         """The padded sizes a group needs, from its text and image header alone; raises as `encode` does."""
         images = group.images if _looks(views) else ()
-        counts = [tile_count(*image_size(image), self.preprocessing) for image in images]
+        counts: list[int] = [tile_count(*image_size(image), self.preprocessing) for image in images]
         text = self._texts(group, counts, views)
         return GroupShape(
             prefixes={b: len(c.tokens) for b, c in text.prefixes.items()},

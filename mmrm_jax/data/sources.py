@@ -214,8 +214,13 @@ def group_identity(group: Group, known: dict[Path, str]) -> str:
 def image_identities(group: Group, known: dict[Path, str]) -> list[str]:
     """A hash of each of the group's images, or of its prompt where there is none; as `group_identity` for one."""
     if not group.images:
-        return ["prompt:" + _digest(group.asked.encode())]
+        return ["prompt:" + _digest(_turns_text(group).encode())]
     return [_image_identity(image, group, known) for image in group.images]
+
+
+def _turns_text(group: Group) -> str:
+    """The prompt, or of several turns a text that no prompt is."""
+    return "\0" + json.dumps(group.turns) if group.history or group.prompt.startswith("\0") else group.prompt
 
 
 def _image_identity(image: Path | bytes, group: Group, known: dict[Path, str]) -> str:
@@ -246,7 +251,7 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
             image = "unreadable"
         comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
         caption = [] if group.caption is None else [group.caption]
-        return json.dumps([group.id, group.asked, group.responses, comparisons, image, *caption])
+        return json.dumps([group.id, _turns_text(group), group.responses, comparisons, image, *caption])
 
     total = hashlib.sha256()
     for start in range(0, len(source), _BLOCK):

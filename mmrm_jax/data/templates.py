@@ -199,7 +199,8 @@ def find_template(path: Path) -> Template:
     `config.json` names it under `template`. A checkpoint of the transformers-native layout has a `chat_template`
     instead (in `chat_template.jinja`, `chat_template.json`, `processor_config.json` or `tokenizer_config.json`): it is
     rendered in Jinja's sandbox, in a process of its own with little time and memory, and the format that spells the
-    same conversation is taken. Raises ValueError listing the known formats where none fits or rendering fails.
+    same conversations, of one turn and of two, is taken. Raises ValueError listing the known formats where none fits or
+    rendering fails.
     """
     file = path / "config.json"
     config = read_object(file)
@@ -210,12 +211,19 @@ def find_template(path: Path) -> Template:
         raise ValueError(f"{file}: template {name!r} is not known; known: {', '.join(TEMPLATES)}")
     source, text = _chat_template(path)
     try:
-        rendered = _render(text)
+        rendered, twice = (_render(text, turns) for turns in (1, 2))
     except ValueError as error:
         raise ValueError(f"{source}: the chat template cannot be rendered ({error}): {_NAME_ONE}") from error
+    asked, later = ("", "\n" + _PROMPT), (_PROMPT,)
     for template in TEMPLATES.values():
-        if spell(template.pieces(("", "\n" + _PROMPT), (1,), _RESPONSE)) == rendered:
+        if spell(template.pieces(asked, (1,), _RESPONSE)) != rendered:
+            continue
+        if (
+            template.before_next is None
+            or spell(template.pieces(later, (1,), _RESPONSE, [(asked, _RESPONSE)])) == twice
+        ):
             return template
+        rendered = twice  # what differs
     raise ValueError(f"{source}: the chat template makes {rendered[:500]!r}, which is no known format: {_NAME_ONE}")
 
 
@@ -239,16 +247,15 @@ def _chat_template(path: Path) -> tuple[Path, str]:
     raise ValueError(f"{path} has no chat template: {_NAME_ONE}")
 
 
-def _render(text: str) -> str:
-    """A user turn with an image and an assistant turn, in one spelling of the image.
+def _render(text: str, turns: int) -> str:
+    """A user turn with an image and an assistant turn, and more of them without, in one spelling of the image.
 
     Raises ValueError where the template fails, or takes more than `_SECONDS` of CPU time or `_BYTES` of memory.
     """
     user = [{"type": "image"}, {"type": "text", "text": _PROMPT}]
-    messages = [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": [{"type": "text", "text": _RESPONSE}]},
-    ]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _RESPONSE}]}
+    messages = [{"role": "user", "content": user}, answer]
+    messages += [{"role": "user", "content": user[1:]}, answer] * (turns - 1)
     variables = {"messages": messages, "add_generation_prompt": False, "bos_token": ""}
     task = {"template": text, "variables": variables, "seconds": _SECONDS, "bytes": _BYTES}
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]

@@ -83,15 +83,10 @@ def chat_template(template: Template, image: str) -> str:
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '" + image + "\\n' }}"
         "{% elif part['type'] == 'text' %}{{ part['text']" + trim + " }}{% endif %}{% endfor %}{% endif %}"
     )
+    user = "{{ " + before + " if turn.first else " + later + " }}{% set turn.first = false %}" + content
     return (
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ "
-        + before
-        + " if loop.first else "
-        + later
-        + " }}"
-        + content
-        + "{% elif message['role'] == 'assistant' %}"
+        "{% set turn = namespace(first=true) %}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}" + user + "{% elif message['role'] == 'assistant' %}"
         "{{ " + between + " }}" + content + "{{ " + after + " }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ " + between + " }}{% endif %}"
     )

@@ -154,8 +154,9 @@ class Scorer:
         responses are, so that what `read` makes of it serves others. Raises RowError or TextError where a text cannot
         be scored.
         """
-        if isinstance(responses, str):
-            raise TypeError("responses is one text; it must be a list of them")
+        if isinstance(responses, str) or isinstance(history, str):
+            name = "responses" if isinstance(responses, str) else "history"
+            raise TypeError(f"{name} is one text; it must be a list of them")
         if not responses:
             raise ValueError("no responses: there is nothing to score")
         checked = [check_response(Field(f"responses[{i}]", text)) for i, text in enumerate(responses)]

@@ -18,7 +18,7 @@ from mmrm_jax.data.records import DataError, read_rows
 from mmrm_jax.eval.best_of import Curve, best_of_curve, doubling
 from mmrm_jax.eval.report_plots import new_figure, to_png
 
-PROMPT = ("id", "img_path", "prompt")  # what lines of one prompt have in common
+PROMPT = ("id", "img_path", "history", "prompt")  # what lines of one prompt have in common
 SCORE, GOLD = "score", "gold"
 
 

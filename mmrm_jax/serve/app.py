@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from mmrm_jax import __version__
 from mmrm_jax.data.templates import Template
+from mmrm_jax.data.text import TextError
 from mmrm_jax.eval.scorer import Scorer
 from mmrm_jax.serve import asks, schemas
 from mmrm_jax.serve.asks import Ask
@@ -247,7 +248,10 @@ def _warm(engine: Engine, ready: threading.Event, stopping: threading.Event, war
             return
         shown = [scorer.features(scorer.tiles(Image.new("RGB", size)))] if size else []  # type: ignore[arg-type]
         answers, proxy = ["An answer."] * responses, branch == "proxy"
-        group = scorer.encode(shown, "What is this?", answers, proxy=proxy, alone=prefixes.on)[0]
+        try:
+            group = scorer.encode(shown, "What is this?", answers, proxy=proxy, alone=prefixes.on)[0]
+        except TextError:  # a photo has more tokens than the model may see
+            continue
         prefixes.rewards([Asked(group, repr(size).encode())], branch)  # type: ignore[arg-type]
     ready.set()
     engine.metrics.ready.set(1)

@@ -48,6 +48,7 @@ def _of_query(images: tuple[bytes, ...], query: str, prompt: str | None, templat
     if (found := rendered(query, template)) is not None:
         *history, asked, response = found
         return Ask(images, asked, (response,), tuple(history))
+    query = _ended(query, spell(template.after_response))
     spelt = next((token for token in template.special_tokens if token in query), None)
     if spelt is not None:
         raise ValueError(
@@ -81,7 +82,15 @@ def rendered(text: str, template: Template) -> list[str] | None:
             if not found:
                 return None
             turns += [asked, answer]
-    return [*turns, head, response.removesuffix(after) if after else response]
+    turns += [head, _ended(response, after)]
+    # What is left of the format in a turn is of another one, or of another speaker.
+    return None if any(token in turn for token in template.special_tokens for turn in turns) else turns
+
+
+def _ended(response: str, after: str) -> str:
+    """A response without the end of its turn, of which generation leaves a last line break out."""
+    ends = [end for end in (after, after.rstrip("\n")) if end]
+    return next((response.removesuffix(end) for end in ends if response.endswith(end)), response)
 
 
 def of_classify(request: ClassifyRequest, template: Template) -> list[Ask]:

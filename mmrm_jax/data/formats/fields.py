@@ -73,6 +73,8 @@ def make_group(
     record: Record, row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]
 ) -> Group:
     """The group of a record's own prompt and images. Raises RowError where one of them cannot be used."""
+    if row.get("history") and not record.history:
+        raise RowError("turns not read: 'history' has turns that this format does not read; write them as messages")
     images = tuple(_image(field, origin) for field in record.images)
     *history, prompt = check_asked([*record.history, record.prompt], len(images))
     names = image_names(record)
@@ -98,8 +100,11 @@ def _caption(row: Row) -> str | None:
     return caption if isinstance(caption, str) and caption.strip() else None
 
 
-def misplaced(name: str, places: int, images: int) -> RowError:
-    """What to raise where a text says that it has another number of images than there are."""
+def misplaced(name: str, places: int, images: int, others: int = 0) -> RowError:
+    """What to raise where texts say that they have another number of images than there are, or `others` stand in turns
+    of the assistant."""
+    if others:
+        return RowError(f"image of the assistant: {others} in turns before '{name}'; only the user's may have one")
     return RowError(
         f"images and places differ: '{name}' has {places} {IMAGE_PLACEHOLDER} but the row has {images} image(s); "
         "each image needs one place"
@@ -128,9 +133,10 @@ def turns_in_place(asked: Sequence[Field], images: int) -> list[Field]:
     """`in_place` of the user's turns, whose images may stand in any of them; those of the assistant as they are."""
     if len(asked) == 1:
         return [in_place(asked[0], images)]
-    places = count_places([check_text(field) for field in asked])
-    if places not in (0, images):
-        raise misplaced(asked[-1].name, places, images)
+    texts = [check_text(field) for field in asked]
+    places, others = count_places(texts), count_places(texts[1:])
+    if places not in (0, images) or (images and others):
+        raise misplaced(asked[-1].name, places, images, others)
     one = images == 1
     return [
         in_place(field, 1) if one and i % 2 == 0 and IMAGE_PLACEHOLDER in field.value else field
@@ -138,10 +144,17 @@ def turns_in_place(asked: Sequence[Field], images: int) -> list[Field]:
     ]
 
 
-def without_places(field: Field) -> Field:
-    """A prompt without its `<image>` and the line breaks beside them, whose image stands before the text."""
-    text = check_text(field).replace(IMAGE_PLACEHOLDER + "\n", "").replace("\n" + IMAGE_PLACEHOLDER, "")
-    return Field(field.name, text.replace(IMAGE_PLACEHOLDER, ""))
+def places_first(asked: Sequence[Field], images: int) -> list[Field]:
+    """The user's turns with their `<image>` before the text; the prompt of one turn without, since it is so anyway."""
+    turns = [field if i % 2 else _place_first(field, keep=len(asked) > 1) for i, field in enumerate(asked)]
+    return turns_in_place(turns, images) if len(turns) > 1 else turns
+
+
+def _place_first(field: Field, *, keep: bool) -> Field:
+    whole = check_text(field)
+    text = whole.replace(IMAGE_PLACEHOLDER + "\n", "").replace("\n" + IMAGE_PLACEHOLDER, "")
+    places = (IMAGE_PLACEHOLDER + "\n") * whole.count(IMAGE_PLACEHOLDER) if keep else ""
+    return Field(field.name, places + text.replace(IMAGE_PLACEHOLDER, ""))
 
 
 # ---- one field

@@ -29,17 +29,18 @@ def read_pair(row: Row) -> Record:
 
     Optional `history` is a list of the texts said before the prompt, by the user and the assistant in turn.
     """
-    return Record(take(row, "prompt"), pictures(row), tuple(take(row, name) for name in PAIR), _history(row))
+    return Record(take(row, "prompt"), pictures(row), tuple(take(row, name) for name in PAIR), history(row))
 
 
 def read_scoring(row: Row) -> Record:
     """Scoring input: `prompt, img_path, responses`, and `history` as pairs have it."""
     responses = check_list(take(row, "responses"), "texts")
     named = tuple(Field(f"responses[{i}]", response) for i, response in enumerate(responses))
-    return Record(take(row, "prompt"), pictures(row), named, _history(row))
+    return Record(take(row, "prompt"), pictures(row), named, history(row))
 
 
-def _history(row: Row) -> tuple[Field, ...]:
+def history(row: Row) -> tuple[Field, ...]:
+    """The texts of `history`: turns before the prompt, of the user and the assistant; none without such a field."""
     if not row.get("history"):
         return ()
     texts = check_list(take(row, "history"), "texts")

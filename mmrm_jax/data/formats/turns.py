@@ -19,10 +19,11 @@ from mmrm_jax.data.formats.fields import (
     count_places,
     misplaced,
     pictures,
+    places_first,
     take,
     turns_in_place,
-    without_places,
 )
+from mmrm_jax.data.formats.pairs import history
 from mmrm_jax.data.templates import IMAGE_PLACEHOLDER
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -40,20 +41,20 @@ def read_povid(row: Row) -> Record:
     """POVID: `id, image, conversations [{from, value}], rejected_conversations` of the same shape."""
     chosen = turns(take(row, "conversations"))
     rejected = turns(take(row, "rejected_conversations"))
-    asked, other = (
-        _without_places(_asked(turns[:-1], name))
-        for turns, name in ((chosen, "conversations"), (rejected, "rejected_conversations"))
-    )
+    images = pictures(row)
+    both = ((chosen, "conversations"), (rejected, "rejected_conversations"))
+    asked, other = (places_first(_asked(turns[:-1], name), len(images)) for turns, name in both)
     if [field.value for field in asked] != [field.value for field in other]:
         raise RowError("different prompts: 'conversations' and 'rejected_conversations' do not ask the same")
     answers = (_answer(chosen, "conversations"), _answer(rejected, "rejected_conversations"))
-    return _record(asked, pictures(row), answers)
+    return _record(asked, images, answers)
 
 
 def read_llava(row: Row) -> Record:
     """LLaVA preferences: `id, image, conversations [{from, value}], output_1 {value}, output_2 {value}, preference`."""
-    asked = _without_places(_asked(turns(take(row, "conversations")), "conversations"))
-    return _record(asked, pictures(row), (_said(row, "output_1"), _said(row, "output_2")))
+    images = pictures(row)
+    asked = places_first(_asked(turns(take(row, "conversations")), "conversations"), len(images))
+    return _record(asked, images, (_said(row, "output_1"), _said(row, "output_2")))
 
 
 def read_llama_factory(row: Row) -> Record:
@@ -103,7 +104,7 @@ def read_trl(row: Row) -> Record:
     images = pictures(row, optional=True)
     names = ("chosen", "rejected")
     if not all(isinstance(row[name], list) for name in names):
-        return Record(take(row, "prompt"), images, tuple(take(row, name) for name in names))
+        return Record(take(row, "prompt"), images, tuple(take(row, name) for name in names), history(row))
     chosen, rejected = (turns(take(row, name)) for name in names)
     before, asked = row.get("prompt"), []
     if isinstance(before, str):
@@ -166,11 +167,6 @@ def _asked(asked: Sequence[Turn], name: str) -> list[Field]:
     return [turn.content for turn in asked]
 
 
-def _without_places(asked: Sequence[Field]) -> list[Field]:
-    """The user's turns `without_places`, since the image stands before the first one."""
-    return [field if i % 2 else without_places(field) for i, field in enumerate(asked)]
-
-
 def _answer(all_turns: Sequence[Turn], name: str) -> Field:
     """The content of the last turn, which must be the assistant's."""
     if all_turns[-1].speaker != "assistant":
@@ -208,9 +204,9 @@ def _said(row: Row, name: str) -> Field:
 def _spelt(contents: Sequence[Field], images: int) -> list[Field]:
     """The texts of messages, which say in their parts where all of so many images stand, or nowhere."""
     found = [_joined(content) for content in contents]
-    places = sum(places for _, places in found)
-    if places not in (0, images):
-        raise misplaced(contents[-1].name, places, images)
+    places, others = (sum(places for _, places in part) for part in (found[::2], found[1::2]))
+    if places not in (0, images) or others:
+        raise misplaced(contents[-1].name, places, images, others)
     return [field for field, _ in found]
 
 

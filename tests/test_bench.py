@@ -109,9 +109,12 @@ def test_metrics_by_hand() -> None:
         assert row["low"] is None or row["low"] <= row["accuracy"] <= row["high"]
     assert [row["metric"] for row in rows if row["low"] is None] == ["y", "macro"]
     np.testing.assert_array_equal(length_margins([("long", "a"), ("", "ab")]), [3, -2])
-    # Pairs of one image are resampled together: of a single one there is nothing to resample.
+    # Pairs of one image are resampled together: a single one says nothing of how images differ.
     (alone, *_) = metric_rows(margins, ["x"] * 5, questions, np.zeros(5, int), by_question=False)
-    assert alone["low"] == alone["accuracy"] == alone["high"]
+    assert (alone["accuracy"], alone["low"], alone["high"]) == (0.7, None, None)
+    # Of a question that lacks a pair nobody knows whether all are right.
+    *_, less = metric_rows(margins, categories, ["1", "1", None, "3", "4"], np.arange(5), by_question=True)
+    assert (less["metric"], less["n"], less["accuracy"]) == ("Acc+", 3, pytest.approx(1 / 3))
 
 
 def test_a_benchmark_from_file_to_table(capsys, folder: Path, model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mmrm_jax.eval.metrics import CellScores, cell_row, correctness, interval, named_rng
 from mmrm_jax.eval.single_tables import training_table
-from mmrm_jax.eval.summary import cell_kind, format_matrix, mean_over_seeds, summarise
+from mmrm_jax.eval.summary import _seed_weights, cell_kind, format_matrix, mean_over_seeds, summarise
 from mmrm_jax.objectives import standard
 from mmrm_jax.train.progress import describe
 
@@ -58,7 +58,7 @@ def random_cells(rng, *, seeds=(0, 1, 2), objectives=("standard", "shortcut_awar
                     margins = rng.normal(0.3 + 0.4 * i, 1, n) + 0.5 * shortcut * (i == 0)
                     cells.append(
                         cell(margins, shortcut, objective=objective, train=train, test=test, seed=seed,
-                             clusters=np.arange(n) // 2)
+                             clusters=np.arange(n) // 2 + 1000 * tests.index(test))
                     )  # fmt: skip
     return cells
 
@@ -258,15 +258,62 @@ def test_pairing_makes_the_difference_surer_than_the_levels():
 
 
 def test_seeds_widen_the_interval():
-    """Two seeds at 50 % and 100 %: resampling them gives 50, 75 or 100 %; the test set alone leaves far less open."""
+    """Two seeds at 50 % and 100 % say nothing: t of one degree of freedom. The test set alone leaves far less open."""
     half = np.where(np.arange(400) % 2 == 0, 1.0, -1.0)
     rows = summarise([cell(half, seed=0), cell(np.ones(400), seed=9)], IID, seed=0)
     both = pick(rows, "iid", "standard")
     assert both["mean"] == 0.75 and both["seeds"] == 2
-    assert both["low"] < 0.52 and both["high"] == 1.0
+    assert (both["low"], both["high"]) == (0.0, 1.0)
     one = pick(summarise([cell(half)], IID, seed=0), "iid", "standard")
     assert one["seeds"] == 1
     assert 0.44 < one["low"] < 0.5 < one["high"] < 0.56
+
+
+def test_with_few_seeds_intervals_hold_what_they_promise():
+    """No difference, and three seeds whose means vary by 8 points: 95 % of the intervals have it in them, 5 % of the
+    p-values are below .05. A bootstrap of the seeds has some 80 % there, and 20 %."""
+    rng, hits, low = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        cells = []
+        for seed in range(3):
+            for objective, level in zip(("standard", "x"), 0.7 + 0.08 * rng.standard_normal(2)):
+                cells.append(cell(np.where(rng.random(1000) < level, 1.0, -1.0), objective=objective, seed=seed))
+        row = pick(summarise(cells, IID, resamples=400), "iid", "x", "standard")
+        hits += row["low"] <= 0 <= row["high"]
+        low += row["p"] < 0.05
+    assert 0.92 <= hits / 300 <= 0.985 and 0.01 <= low / 300 <= 0.08
+
+
+def test_a_mean_over_seeds_varies_as_student_has_it():
+    weights = _seed_weights(4, np.random.default_rng(0), 20_000)
+    values = np.array([0.2, 0.5, 0.4, 0.9])
+    t = (weights @ values / 4 - values.mean())[1:] / (values.std(ddof=1) / 2)
+    assert np.allclose(weights.sum(axis=1), 4) and np.all(weights[0] == 1)
+    np.testing.assert_allclose(np.percentile(t, [2.5, 50, 97.5]), [-3.182, 0, 3.182], atol=0.12)
+
+
+def test_tests_that_show_the_same_images_are_resampled_together():
+    """Two tests that are one: their mean is no surer than either; where no image is shared it is."""
+    rng = np.random.default_rng(0)
+    margins = np.where(rng.random(300) < 0.7, 1.0, -1.0)
+
+    def width(shift: int) -> float:
+        tests = (("tb", 0), ("tc", shift))
+        iid = {"a": "ta", "b": "tb", "c": "tc"}
+        cells = [cell(margins, test=test, clusters=np.arange(300) + by) for test, by in tests]
+        row = pick(summarise(cells, iid, resamples=1000), "ood", "standard")
+        return row["high"] - row["low"]
+
+    assert width(0) / width(1000) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_one_image_has_no_interval():
+    one = np.zeros(4, int)
+    cells = [cell([-1.0] * 4, clusters=one), cell([1.0] * 4, objective="x", clusters=one)]
+    row = pick(summarise(cells, IID), "iid", "x", "standard")
+    assert (row["mean"], row["low"], row["high"], row["p"]) == (1.0, None, None, None)
+    found = cell_row(cells[0], np.random.default_rng(0))
+    assert (found["accuracy"], found["accuracy_low"], found["accuracy_high"]) == (0.0, None, None)
 
 
 def test_text_only_training_has_no_reduction_of_sfd():

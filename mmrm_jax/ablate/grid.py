@@ -76,8 +76,12 @@ def _value(config: Any, path: str, text: str) -> Any:
 
 def _read(kind: Any, text: str, name: str) -> Any:
     kinds = set(typing.get_args(kind)) or {kind}
-    if text == "None" and type(None) in kinds:
-        return None
+    if type(None) in kinds:
+        if text == "None":
+            return None
+        others = [other for other in typing.get_args(kind) if other is not type(None)]
+        if len(others) == 1:
+            return _read(others[0], text, name)
     if Path in kinds:
         return Path(text)
     if str in kinds or typing.get_origin(kind) is typing.Literal:

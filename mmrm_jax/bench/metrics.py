@@ -22,14 +22,15 @@ def length_margins(pairs: Sequence[tuple[str, str]]) -> Float[np.ndarray, " C"]:
 def metric_rows(
     margins: Mapping[str, Float[np.ndarray, " C"]],
     categories: Sequence[str],
-    questions: Sequence[str],
+    questions: Sequence[str | None],
     clusters: Int[np.ndarray, " C"],
     *,
     by_question: bool,
 ) -> list[dict[str, Any]]:
     """One row a judge and metric: {"judge", "metric", "n", "accuracy", "low", "high"}, fractions.
 
-    A margin of 0 counts half. Intervals are 95 % bootstrap intervals over `clusters`, pairs with an image in common.
+    A margin of 0 counts half, and for Acc+ as wrong; a pair without a question, since others of it are missing, does
+    not count there. Intervals are 95 % bootstrap intervals over `clusters`, pairs with an image in common.
     """
     names = sorted(set(categories))
     members = np.asarray([[category == name for name in names] for category in categories], np.float64)
@@ -46,16 +47,17 @@ def metric_rows(
         if len(names) > 1:
             by_category = np.stack([_ratio(drawn[:, i, 0], drawn[:, i, 1]) for i in range(len(names))])
             rows.append(_row(judge, MACRO, len(names), by_category.mean(axis=0)))
-        if by_question:
+        if by_question and any(question is not None for question in questions):
             rows.append(_all_right(judge, right == 1.0, questions))
     return rows
 
 
-def _all_right(judge: str, right: Bool[np.ndarray, " C"], questions: Sequence[str]) -> dict[str, Any]:
+def _all_right(judge: str, right: Bool[np.ndarray, " C"], questions: Sequence[str | None]) -> dict[str, Any]:
     """How many questions have all their pairs right; resampled by question."""
-    names, place = np.unique(np.asarray(questions), return_inverse=True)
+    known = [i for i, question in enumerate(questions) if question is not None]
+    names, place = np.unique([str(questions[i]) for i in known], return_inverse=True)
     whole = np.ones(len(names))
-    np.minimum.at(whole, place, right.astype(np.float64))
+    np.minimum.at(whole, place, right[known].astype(np.float64))
     drawn = bootstrap_sums(whole[:, None], named_rng("bench", judge, ALL_OF_A_QUESTION), RESAMPLES)[:, 0] / len(names)
     return _row(judge, ALL_OF_A_QUESTION, len(names), drawn)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,9 @@ def bench(
     """
     benchmark, items, left_out = read_benchmark(data, image_root, name)
     scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
+    asked = collections.Counter(item.question for item in items)
     items, margins, unread = scored_pairs(items, scorer, whole_batch(batch_size, scorer.mesh), console)
+    missing = {entry.id for entry in left_out} | (asked - collections.Counter(item.question for item in items)).keys()
     left_out += unread
     out.mkdir(parents=True, exist_ok=True)
     write_quarantine(out / "quarantine.jsonl", left_out)
@@ -60,7 +63,8 @@ def bench(
     judges[LONGER] = length_margins([_texts(item) for item in items])
     known = _identities(items)
     clusters = np.unique(connected(known), return_inverse=True)[1]
-    categories, questions = [i.category for i in items], [i.question for i in items]
+    categories = [item.category for item in items]
+    questions = [None if item.question in missing else item.question for item in items]
     rows = metric_rows(judges, categories, questions, clusters, by_question=benchmark.by_question)
     seen = overlap(items, known, trained_on, image_root) if trained_on else None
     _write_pairs(out / "pairs.jsonl", items, judges, seen)
@@ -175,7 +179,7 @@ def _overlap_result(
     seen: list[dict[str, bool]],
     judges: dict[str, np.ndarray],
     categories: Sequence[str],
-    questions: Sequence[str],
+    questions: Sequence[str | None],
     clusters: np.ndarray,
 ) -> dict[str, Any]:
     """How many pairs were seen, and each judge's accuracy on those whose image and answers were not."""

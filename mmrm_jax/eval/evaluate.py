@@ -90,8 +90,11 @@ def evaluate(
     )
 
 
-def image_clusters(data: EncodedSource) -> np.ndarray:
-    """A number per group, int [groups], that groups share which show the same image (or, without one, prompt)."""
-    numbers: dict[str, int] = {}
+def image_clusters(data: EncodedSource, numbers: dict[str, int] | None = None) -> np.ndarray:
+    """A number per group, int [groups], that groups share which show the same image (or, without one, prompt).
+
+    `numbers` are those that other data has given out, to which this data adds its own.
+    """
+    numbers = {} if numbers is None else numbers
     shown = identities(ViewSource(data.source, data.kept))
     return np.asarray([numbers.setdefault(identity, len(numbers)) for identity in shown])

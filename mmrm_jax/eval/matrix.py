@@ -356,7 +356,8 @@ def scores(matrix: Matrix) -> Iterator[CellScores]:
         if r.cell.objective == objective
     }
     wanted = matrix.config.objectives
-    clusters = {test: image_clusters(source) for test, source in matrix.data.test.items()}
+    numbers: dict[str, int] = {}  # one image has one number, whichever tests show it
+    clusters = {test: image_clusters(source, numbers) for test, source in matrix.data.test.items()}
     for result in matrix.results:
         cell, own = result.cell, find_objective(result.cell.objective)
         shortcut = text.get((cell.train, cell.seed))

@@ -133,7 +133,10 @@ def cluster_sums(
 def bootstrap_sums(
     sums: Float[np.ndarray, "K *J"], rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "B *J"]:
-    """Totals of `sums` over K clusters drawn with replacement. Row 0 is the sample itself, the rest are resamples."""
+    """Totals of `sums` over K clusters drawn with replacement. Row 0 is the sample itself, the rest are resamples.
+
+    They are NaN where there is one cluster, which says nothing of how clusters differ.
+    """
     clusters, flat = sums.shape[0], sums.reshape(sums.shape[0], math.prod(sums.shape[1:]))
     totals = np.zeros((resamples + 1, flat.shape[1]))
     totals[0] = flat.sum(axis=0)
@@ -143,6 +146,8 @@ def bootstrap_sums(
         draws = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
         weights = np.bincount(draws.ravel(), minlength=rows * clusters).reshape(rows, clusters)
         totals[1 + start : 1 + start + rows] = weights.astype(np.float64) @ flat
+    if clusters == 1:
+        totals[1:] = np.nan
     return totals.reshape(resamples + 1, *sums.shape[1:])
 
 

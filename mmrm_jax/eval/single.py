@@ -317,9 +317,11 @@ def _print(row: dict[str, Any], console: Console) -> None:
         console.print(f"SFD is undefined: the text-only model is right on {right} comparisons and wrong on {wrong}")
     else:
         right, wrong = 100 * row["accuracy_shortcut_right"], 100 * row["accuracy_shortcut_wrong"]
+        found = between(row["sfd_low"], row["sfd_high"], percent)
         console.print(
-            f"SFD {100 * row['sfd']:.1f} points: {right:.1f} % where the text-only model is right "
-            f"(n = {row['n_shortcut_right']}), {wrong:.1f} % where it is wrong (n = {row['n_shortcut_wrong']})"
+            f"SFD {100 * row['sfd']:.1f} points{f' (95 % interval {found})' if found else ''}: {right:.1f} % where the "
+            f"text-only model is right (n = {row['n_shortcut_right']}), {wrong:.1f} % where it is wrong "
+            f"(n = {row['n_shortcut_wrong']})"
         )
     if row["mean_margin"] is None:  # nothing but ties
         return

@@ -1,8 +1,9 @@
 """What a cross-distribution matrix says as a whole: means, differences against standard training, intervals, tables.
 
-Intervals come from a hierarchical paired bootstrap. Seeds are resampled where there are several, and clusters
-(images) within each test set; one draw serves all objectives, training environments and seeds, so what they share
-cancels in their differences.
+Intervals come from a hierarchical paired bootstrap. Clusters (images) are resampled, together in tests that show the
+same ones. Where there are several seeds, means over them vary as Student's t has it: a bootstrap of three seeds has two
+thirds of their variance, and none of the doubt about it. One draw serves all objectives, training environments and
+seeds, so what they share cancels in their differences.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.table import Table
 from rich.text import Text
 
@@ -86,14 +87,14 @@ def summarise(
     Args:
       cells: one for every objective, train, test and seed.
       iid: training environment -> its own i.i.d. test.
-      seed: of the resampling; every test set has a generator of its own, named by it.
+      seed: of the resampling; tests that share images have a generator of their own, named by them.
       resamples: number of bootstrap resamples.
 
     Returns:
       Rows {"measure", "objective", "versus": None | "standard", "mean", "low", "high", "seeds"}, and of differences
       "p", the two-sided bootstrap p-value; a measure no cell belongs to is left out, an undefined one is None. With
-      one seed the interval holds for that trained model; two or three seeds bound the variation between runs only
-      roughly.
+      one seed the interval holds for that trained model; with two or three it is wide, since so few say little of how
+      runs vary.
 
     Raises:
       ValueError: at two cells of one name, at cells of one test and seed with different comparisons, at a training
@@ -102,11 +103,7 @@ def summarise(
     _check(cells)
     quantities = _resample(cells, seed, resamples)
     seeds = sorted({cell.seed for cell in cells})
-    seed_weights = np.ones((resamples + 1, len(seeds)))
-    if len(seeds) > 1:
-        draws = named_rng(seed, "seeds").multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
-        seed_weights[1:] = draws
-    weights = dict(zip(seeds, seed_weights.T, strict=True))
+    weights = dict(zip(seeds, _seed_weights(len(seeds), named_rng(seed, "seeds"), resamples).T, strict=True))
     rows: list[dict[str, Any]] = []
     for measure, (quantity, kind) in _MEASURES.items():
         by_objective: dict[str, _Values] = {}
@@ -134,16 +131,43 @@ def _check(cells: Sequence[CellScores]) -> None:
             )
 
 
+def _seed_weights(seeds: int, rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "B S"]:
+    """Weights under which the mean of S numbers is their mean plus t s / sqrt(S), with t of S - 1 degrees of freedom
+    and s their standard deviation; equal ones in row 0, and of a single seed."""
+    weights = np.ones((resamples + 1, seeds))
+    if seeds > 1:
+        normal = rng.standard_normal((resamples, seeds))
+        normal -= normal.mean(axis=1, keepdims=True)
+        weights[1:] += normal * np.sqrt(seeds / rng.chisquare(seeds - 1, (resamples, 1)))
+    return weights
+
+
+def _sharing(labels: Mapping[str, Int[np.ndarray, "K"]]) -> list[list[str]]:
+    """Tests in groups, sorted, of which no two share a cluster."""
+    groups: list[tuple[list[str], set[int]]] = []
+    for test, own in labels.items():
+        members, clusters = [test], set(own.tolist())
+        apart = []
+        for group in groups:
+            if clusters.isdisjoint(group[1]):
+                apart.append(group)
+            else:
+                members, clusters = members + group[0], clusters | group[1]
+        groups = [*apart, (members, clusters)]
+    return [sorted(members) for members, _ in groups]
+
+
 def _resample(
     cells: Sequence[CellScores], seed: int, resamples: int
 ) -> dict[str, dict[tuple[str, _Key], Float[np.ndarray, "B"]]]:
-    """Accuracy and SFD of every cell under one draw of clusters per test set."""
+    """Accuracy and SFD of every cell under one draw of clusters for all tests that share any."""
     quantities: dict[str, dict[tuple[str, _Key], np.ndarray]] = {"accuracy": {}, "sfd": {}}
-    for test in dict.fromkeys(cell.test for cell in cells):
-        members = [cell for cell in cells if cell.test == test]
+    tests = {cell.test: cell.clusters for cell in cells}
+    for names in _sharing({test: np.unique(clusters) for test, clusters in tests.items()}):
+        members = [cell for cell in cells if cell.test in names]
         labels = np.unique(np.concatenate([cell.clusters for cell in members]))
         sums = np.stack([cluster_sums(cell_tallies(cell), cell.clusters, labels) for cell in members], axis=1)
-        totals = bootstrap_sums(sums, named_rng(seed, "test", test), resamples)
+        totals = bootstrap_sums(sums, named_rng(seed, "test", *names), resamples)
         for i, cell in enumerate(members):
             key = (cell.objective, _Key(cell.train, cell.test, cell.seed))
             quantities["accuracy"][key], quantities["sfd"][key] = accuracy_and_sfd(totals[:, i])
@@ -174,19 +198,29 @@ def _against_baseline(
 
 
 def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B"]]) -> Float[np.ndarray, "B"]:
-    """Mean over each seed's defined cells, then over seeds with the draw's weights; NaN where nothing is defined."""
+    """Mean over each seed's defined cells, then over seeds with the draw's weights; NaN where nothing is defined.
+
+    Weights are centred anew where some seeds are undefined.
+    """
     size = next(iter(values.values())).shape
-    total, weight = np.zeros(size), np.zeros(size)
+    by_seed, weight = [], []
     for seed in sorted({key.seed for key in values}):
         cells = np.stack([column for key, column in values.items() if key.seed == seed])
         count = np.sum(~np.isnan(cells), axis=0)
-        total += weights[seed] * np.divide(np.nansum(cells, axis=0), count, out=np.zeros(size), where=count > 0)
-        weight += weights[seed] * (count > 0)
-    return np.divide(total, weight, out=np.full(size, np.nan), where=weight > 0)
+        by_seed.append(np.divide(np.nansum(cells, axis=0), count, out=np.full(size, np.nan), where=count > 0))
+        weight.append(np.where(count > 0, weights[seed], np.nan))
+    defined = np.sum(~np.isnan(by_seed), axis=0)
+    total, all_weight = np.nansum(np.stack(by_seed) * np.stack(weight), axis=0), np.nansum(weight, axis=0)
+    shift = np.divide(defined - all_weight, defined, out=np.zeros(size), where=defined > 0)
+    total += shift * np.nansum(by_seed, axis=0)
+    return np.divide(total, defined, out=np.full(size, np.nan), where=defined > 0)
 
 
 def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean: np.ndarray) -> dict[str, Any]:
-    low, high = interval(mean[1:])
+    # Of a few seeds that differ much: no accuracy is beyond 0 and 1, no SFD or difference of accuracies beyond 1.
+    most = np.inf if measure == "sfd_reduction" else 2.0 if versus and measure.startswith("sfd") else 1.0
+    least = 0.0 if versus is None and not measure.startswith("sfd") else -most
+    low, high = interval(np.clip(mean[1:], least, most))
     row = {
         "measure": measure,
         "objective": objective,

@@ -19,7 +19,7 @@ from mmrm_jax.plan.compile import DoesNotFit, compile_step, has_libtpu
 from mmrm_jax.plan.costs import Part, Product, train_costs
 from mmrm_jax.plan.estimate import cast_bytes, device_bytes, estimate_collectives, saved_activations
 from mmrm_jax.plan.hardware import CHIPS, Topology, parse_topology
-from mmrm_jax.plan.hlo import by_kind
+from mmrm_jax.plan.hlo import by_kind, collectives
 from mmrm_jax.plan.run import find_model
 from mmrm_jax.plan.search import Job, abstract_mesh, candidates, describe, meshes, placed_batch, search
 from mmrm_jax.plan.shapes import DataShape, abstract_batch
@@ -139,6 +139,20 @@ def test_what_fsdp_gathers_and_scatters(rank: int) -> None:
     assert found["all-gather"]["bytes"] == pytest.approx(passes * 8 * 4 * 7 / 8)
     assert found["reduce-scatter"]["bytes"] == pytest.approx(scattered * 4 * 7)
     assert "all-reduce" not in found
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_data_and_tensor_parallel_devices_reduce_is_what_the_compiled_step_does(remat) -> None:
+    """Each of the two, of about equal size here; the CPU's compiler, without a TPU's fusions."""
+    planned = job(UNROLLED, mesh=MeshConfig(4, 1, 2), remat=remat)
+    program = build_program(UNROLLED, planned.config, 10)
+    compiled = program.lower_train_step(program.abstract, placed_batch(planned, program)).compile()
+    found = [c for c in collectives(compiled.as_text(), 8) if c.kind == "all-reduce"]
+    estimated = estimate_collectives(program, UNROLLED, planned.config, SHAPE)
+    for group in (4, 2):
+        moved = [sum(c.moved for c in each if c.group == group) for each in (found, estimated)]
+        assert moved[1] == pytest.approx(moved[0], rel=0.03), group
 
 
 # Hardware

@@ -134,26 +134,34 @@ def estimate_collectives(
     """What fully sharded, tensor-parallel and data-parallel training need at least, in each micro-batch.
 
     fsdp: parameters in the compute dtype gathered for the forward and again for the backward pass, gradients scattered;
-    data: gradients all-reduced; tensor: two all-reduces of a layer's activations forward and two backward. Gradients of
-    the decoder come twice, from the prefix and from the responses: the compiler scatters each before it adds them.
+    data: gradients all-reduced; tensor: all-reduces of a layer's activations, two forward, backward one for each matrix
+    whose input is whole (q, k, v, gate, up), and one more where the layer is computed again; of a frozen tower the two
+    forward. Gradients of the decoder come twice, from the prefix and from the responses: the compiler sums each over
+    devices before it adds them.
     """
     sizes, micro = program.mesh.shape, config.micro_batches
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     fsdp, tensor, data = sizes["fsdp"], sizes["tensor"], sizes["data"]
     trained = program.abstract.params
     found = []
+    twice = sum(_elements(branch.get("decoder", {})) for branch in trained.values())
     if fsdp > 1:
-        twice = sum(_elements(branch.get("decoder", {})) for branch in trained.values())
         found.append(Collective("all-gather", _elements(trained) * fsdp * itemsize, fsdp, 2 * micro))
         found.append(Collective("reduce-scatter", (_elements(trained) + twice) * itemsize, fsdp, micro))
         for elements, passes in _frozen_uses(program, config):
             found.append(Collective("all-gather", elements * fsdp * itemsize, fsdp, passes * micro))
     if data > 1:
-        found.append(Collective("all-reduce", _elements(trained) * itemsize, data, micro))
+        found.append(Collective("all-reduce", (_elements(trained) + twice) * itemsize, data, micro))
     if tensor > 1:
+        each, again = config.batch_size / micro / (data * fsdp) * itemsize, config.remat == "full"
         tokens = sum(shape.tokens(v, model) for v in program.views.values())
-        payload = tokens * config.batch_size / micro / (data * fsdp) * model.decoder.width * itemsize
-        found.append(Collective("all-reduce", payload, tensor, 4 * micro * model.decoder.num_layers))
+        runs = (7 + again) * micro * model.decoder.num_layers
+        found.append(Collective("all-reduce", tokens * each * model.decoder.width, tensor, runs))
+        seen = sum(shape.tiles_of(v) for v in program.views.values() if v in ("multimodal", "image_only"))
+        if seen and not config.features_dtype:
+            patches = 1 + (model.vision.image_size // model.vision.patch_size) ** 2
+            runs = (2 if "vision" in config.freeze else 6 + again) * micro * model.vision.num_layers
+            found.append(Collective("all-reduce", seen * patches * each * model.vision.width, tensor, runs))
     return found
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Several processes on this machine, as a test of what several machines do. From a checkout or anywhere `mmrm` is:
 #
-#   launch/local.sh 2 train --data pairs.jsonl --out runs/two --mesh.fsdp 2
+#   launch/local.sh 2 train --data pairs.jsonl --out runs/two --mesh.fsdp 2 --data.no-cache
 #
-# The first argument is the number of processes, the rest is what one `mmrm` gets. On CPU each process has one device,
+# The first argument is the number of processes, the rest is what one `mmrm` gets; without a cache each process reads
+# its share of every batch, and no more. On CPU each process has one device,
 # or as many as XLA_FLAGS=--xla_force_host_platform_device_count=N says. Ctrl-C and SIGTERM reach all of them: a run
 # saves, and the same command goes on. The first failure stops the rest. MMRM names another command than `mmrm`.
 set -euo pipefail

@@ -15,6 +15,13 @@ the training files. One seed takes 29 minutes on two cores. Three seeds (`--seed
     standard         92.4 (91.7-93.1)    88.4 (87.6-89.3)    5.3 (4.0-6.5)
     shortcut-aware   91.8 (90.9-92.6)    87.7 (86.8-88.6)    3.8 (2.4-5.0)
     difference       -0.6 (-1.2-0.0)     -0.7 (-1.2--0.2)    -1.5 (-2.6--0.5)
+
+(intervals over three seeds drawn with equal chance, which are too narrow.) Trained on `packages`, standard training
+is right in 93.5 % of its own test, where a bilinear logistic on colour histograms and TF-IDF has 96 %. That is not
+for want of training but a change of place and light between training and test photos: of photos held out at random
+from the training files it is right in 97.8 %; of those whose surroundings are least like the others', in 93.3 % (such
+a bilinear model: 94.6), with 400 steps in 90.7, with 1800 in 92.9, at half the learning rate 91.7, with more cropping
+and brightness 92.5 to 92.9, and with drop path 92.2. One seed each: differences of a point mean little.
 """
 
 from pathlib import Path

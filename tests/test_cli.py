@@ -314,3 +314,16 @@ def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model": null}')
     status, text = run(capsys, "evaluate", "--run", tmp_path, "--data", "d.jsonl")
     assert status == 2 and "no run of `mmrm train`" in text
+
+
+def test_a_run_that_diverges_ends_with_a_status_of_its_own(capsys, tmp_path):
+    """And names the batch; no checkpoint holds what is not finite."""
+    data, out = write_pairs(tmp_path, "a", 16), tmp_path / "run"
+    options = ("--steps", 4, "--batch-size", 8, "--data.holdout", 0, "--data.buckets", 1, "--checkpoint-every", 1)
+    wild = ("--objective", "standard", "--optimizer.learning-rate", 1e38, "--optimizer.warmup-fraction", 0)
+    status, text = run(capsys, "train", "--data", data, "--out", out, *options, *wild)
+    assert status == 2 and "lower the learning rate" in " ".join(text.split()), text
+    (batch,) = out.glob("batch-*.json")
+    found = json.loads(batch.read_text())
+    assert len(found["groups"]) == 8 and batch.name in text
+    assert all(int(folder.name) < found["step"] for folder in (out / "checkpoints").iterdir())

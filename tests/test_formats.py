@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,105 +9,39 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from format_rows import (
+    ALIGN,
+    BAD,
+    EMBEDDED,
+    FACTORY,
+    GOOD,
+    LLAVA,
+    MM_RLHF,
+    PART,
+    POVID,
+    RLAIF_V,
+    RLHF_V,
+    SWIFT,
+    TRL,
+    gpt,
+    message,
+    picture,
+    pictures_in,
+    user,
+    write,
+)
 
 from mmrm_jax.data.formats import FORMATS, format_of
 from mmrm_jax.data.formats.fields import RowError
 from mmrm_jax.data.records import DataError, read_groups, split_format
 from mmrm_jax.data.scoring import read_scoring
-from mmrm_jax.data.sources import MemorySource, fingerprint, group_identity
-from mmrm_jax.data.tfds.features import decode_group, encode_group
 from mmrm_jax.types import Comparison
-
-
-def picture(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 6, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("i.png", "j.png"):
-        (tmp_path / name).write_bytes(picture(ord(name[0])))
-    return tmp_path
+    return pictures_in(tmp_path)
 
-
-def write(file: Path, *rows: Any) -> Path:
-    if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), file, row_group_size=2)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def user(text: str) -> dict:
-    return {"from": "human", "value": text}
-
-
-def gpt(text: str) -> dict:
-    return {"from": "gpt", "value": text}
-
-
-def message(role: str, *parts: Any) -> dict:
-    """A message of text parts, and of image parts where there is an Ellipsis."""
-    content = [{"type": "image"} if part is ... else {"type": "text", "text": part} for part in parts]
-    return {"role": role, "content": content}
-
-
-GOOD, BAD = message("assistant", "good"), message("assistant", "bad")
-PART = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-EMBEDDED = {"bytes": picture(0), "path": "0.png"}
-RLHF_V = {
-    "ds_name": "RLHF-V",
-    "image": EMBEDDED,
-    "text": json.dumps({"question": "p", "chosen": "good", "rejected": "bad"}),
-    "origin_dataset": "VQA",
-    "origin_split": {"model": "m", "type": "qa"},
-    "idx": 0,
-    "image_path": "RLHF-V/0.jpg",
-}
-RLAIF_V = {
-    "ds_name": "RLAIF-V",
-    "image": EMBEDDED,
-    "question": "p",
-    "chosen": "good",
-    "rejected": "bad",
-    "origin_dataset": "COCO",
-    "origin_split": "{}",
-    "idx": "3",
-    "image_path": "0.jpg",
-}
-POVID = {
-    "id": "COCO_1",
-    "image": "i.png",
-    "conversations": [user("<image>\np"), gpt("good")],
-    "rejected_conversations": [user("<image>\np"), gpt("bad")],
-}
-TRL = {
-    "images": ["i.png"],
-    "prompt": [message("user", ..., "p")],
-    "chosen": [GOOD],
-    "rejected": [BAD],
-}
-SWIFT = {
-    "messages": [{"role": "user", "content": "<image>p"}, {"role": "assistant", "content": "good"}],
-    "rejected_response": "bad",
-    "images": ["i.png"],
-}
-FACTORY = {"conversations": [user("<image>p")], "chosen": gpt("good"), "rejected": gpt("bad"), "images": ["i.png"]}
-LLAVA = {
-    "id": "7",
-    "image": "i.png",
-    "conversations": [user("p\n<image>")],
-    "output_1": gpt("bad"),
-    "output_2": gpt("good"),
-    "preference": 2,
-}
-ALIGN = {"question": "p", "image": "i.png", "response_1": "bad", "response_2": "good", "overall_response": 2}
-MM_RLHF = {**PART, "image": "i.png", "is_tie": False}
 
 ROWS = {  # format: (file, row, prompt, what its image is)
     "povid": ("f.json", POVID, "p", "i.png"),
@@ -219,69 +151,6 @@ def test_text_only_and_several_images(folder: Path) -> None:
     assert [row.lines[0]["img_path"] for row in read_scoring(folder / "f.jsonl", None)] == [None, *[both] * 4]
 
 
-SAID = ["q", "a"]
-
-
-def test_turns_before_the_prompt_are_its_history(folder: Path) -> None:
-    """In every format that has turns: images stand in the first of them, or in the one that says so."""
-    first = [user("<image>\nq"), gpt("a")]
-    q, a, p = (dict(zip(("role", "content"), m)) for m in (("user", "<image>q"), ("assistant", "a"), ("user", "p")))
-    rows = [
-        {**POVID, "conversations": [*first, user("p"), gpt("good")]},
-        {**LLAVA, "conversations": [*first, user("p")]},
-        {**FACTORY, "conversations": [*first, user("p")]},
-        {**FACTORY, "conversations": [user("q"), gpt("a"), user("p <image> ?")]},
-        {**SWIFT, "messages": [q, a, p, SWIFT["messages"][1]]},
-        {**TRL, "prompt": [message("user", ..., "q"), a, p]},
-        {**PART, "image": "i.png", "history": SAID},
-        {"prompt": "p", "img_path": "i.png", "responses": ["good", "bad"], "history": SAID, "rejected_images": None},
-    ]
-    rows[0]["rejected_conversations"] = [*first, user("p"), gpt("bad")]
-    groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
-    assert quarantined == [] and [len(g.images) for g in groups] == [1] * len(rows)
-    assert [g.history for g in groups] == [
-        *[("<image>\nq", "a")] * 3,
-        ("q", "a"),
-        ("<image>q", "a"),
-        ("<image>\nq", "a"),
-        *[("q", "a")] * 2,
-    ]
-    assert [g.prompt for g in groups] == ["p", "p", "p", "p \n<image>\n ?", "p", "p", "p", "p"]
-    assert groups[-1].asked == "User: q\nAssistant: a\nUser: p"
-    assert all(decode_group(encode_group(g)).history == g.history for g in groups)
-    lines = [row.lines[0] for row in read_scoring(folder / "f.jsonl", None)]
-    assert [(line["prompt"], tuple(line["history"])) for line in lines] == [(g.prompt, g.history) for g in groups]
-
-
-def test_an_image_stays_in_the_turn_that_shows_it(folder: Path) -> None:
-    said, p = [user("q"), gpt("a")], {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "p"}]}
-    rows = [
-        {**LLAVA, "conversations": [*said, user("p\n<image>")]},
-        {**LLAVA, "image": ["i.png", "j.png"], "conversations": [user("<image>q"), gpt("a"), user("p\n<image>")]},
-        {**TRL, "prompt": [message("user", "q"), message("assistant", "a"), p]},
-        {**PART, "images": ["i.png"], "history": SAID},
-    ]
-    groups, quarantined = read_groups(write(folder / "f.jsonl", *rows))
-    assert quarantined == [] and [len(g.images) for g in groups] == [1, 2, 1, 1]
-    assert [g.turns for g in groups] == [
-        ("q", "a", "<image>\np"),
-        ("<image>\nq", "a", "<image>\np"),
-        ("q", "a", "<image>\np"),
-        ("q", "a", "p"),
-    ]
-
-
-def test_turns_are_told_from_a_prompt_that_spells_them(folder: Path) -> None:
-    rows = [
-        {**PART, "img_path": None, "id": "1", "history": SAID},
-        {**PART, "img_path": None, "id": "1", "prompt": "User: q\nAssistant: a\nUser: p"},
-    ]
-    groups, _ = read_groups(write(folder / "f.jsonl", *rows))
-    assert groups[0].asked == groups[1].asked and groups[0].turns != groups[1].turns
-    assert group_identity(groups[0], {}) != group_identity(groups[1], {})
-    assert len({fingerprint(MemorySource((group,)), {}) for group in groups}) == 2
-
-
 BROKEN = {
     "trl assistant's image": (
         {**TRL, "prompt": [message("user", "q"), message("assistant", ..., "a"), message("user", "p")]},
@@ -296,7 +165,7 @@ BROKEN = {
         "image of the assistant: 1 in turns before 'conversations[2].value'",
     ),
     "history beside a question": (
-        {**without(RLAIF_V, "image"), "image": "i.png", "history": SAID},
+        {**without(RLAIF_V, "image"), "image": "i.png", "history": ["q", "a"]},
         "turns not read: 'history' has turns that this format does not read",
     ),
     "povid turns": ({**POVID, "conversations": "x"}, "wrong type: 'conversations' is a text; it must be a list"),

@@ -145,7 +145,7 @@ def test_what_fsdp_gathers_and_scatters(rank: int) -> None:
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_data_and_tensor_parallel_devices_reduce_is_what_the_compiled_step_does(remat) -> None:
     """Each of the two, of about equal size here; the CPU's compiler, without a TPU's fusions."""
-    planned = job(UNROLLED, mesh=MeshConfig(4, 1, 2), remat=remat)
+    planned = job(UNROLLED, mesh=MeshConfig(4, 1, 2), remat=remat, objective="standard")
     program = build_program(UNROLLED, planned.config, 10)
     compiled = program.lower_train_step(program.abstract, placed_batch(planned, program)).compile()
     found = [c for c in collectives(compiled.as_text(), 8) if c.kind == "all-reduce"]

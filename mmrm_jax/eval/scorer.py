@@ -135,7 +135,7 @@ class Scorer:
         padded = np.zeros((step_up(len(tiles)), *tiles.shape[1:]), tiles.dtype)
         padded[: len(tiles)] = tiles
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._tower(self.params["primary"], padded))[: len(tiles)]
+            return np.asarray(self._tower(self.params["primary"], padded))[: len(tiles)].copy()  # without the padding
 
     def encode(
         self,

@@ -162,8 +162,10 @@ def _resample(
 ) -> dict[str, dict[tuple[str, _Key], Float[np.ndarray, "B"]]]:
     """Accuracy and SFD of every cell under one draw of clusters for all tests that share any."""
     quantities: dict[str, dict[tuple[str, _Key], np.ndarray]] = {"accuracy": {}, "sfd": {}}
-    tests = {cell.test: cell.clusters for cell in cells}
-    for names in _sharing({test: np.unique(clusters) for test, clusters in tests.items()}):
+    tests: dict[str, list[np.ndarray]] = {}
+    for cell in cells:
+        tests.setdefault(cell.test, []).append(cell.clusters)
+    for names in _sharing({test: np.unique(np.concatenate(each)) for test, each in tests.items()}):
         members = [cell for cell in cells if cell.test in names]
         labels = np.unique(np.concatenate([cell.clusters for cell in members]))
         sums = np.stack([cluster_sums(cell_tallies(cell), cell.clusters, labels) for cell in members], axis=1)
@@ -217,7 +219,8 @@ def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B"]]) -> Flo
 
 
 def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean: np.ndarray) -> dict[str, Any]:
-    # Of a few seeds that differ much: no accuracy is beyond 0 and 1, no SFD or difference of accuracies beyond 1.
+    # Seeds that differ much leave more open than there can be: accuracies lie in 0 to 1, SFD and differences of
+    # accuracies in -1 to 1, differences of SFD in -2 to 2.
     most = np.inf if measure == "sfd_reduction" else 2.0 if versus and measure.startswith("sfd") else 1.0
     least = 0.0 if versus is None and not measure.startswith("sfd") else -most
     low, high = interval(np.clip(mean[1:], least, most))

@@ -12,6 +12,7 @@ from rich.console import Console
 from mmrm_jax.config import MeshConfig
 from mmrm_jax.eval.scorer import open_scorer, with_proxy
 from mmrm_jax.serve.app import make_app
+from mmrm_jax.serve.prefixes import Prefixes
 from mmrm_jax.serve.settings import Limits
 from mmrm_jax.sharding import make_mesh
 
@@ -55,7 +56,7 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         console.print(f"{address}  page at /, OpenAPI at /docs, ready at /ready", highlight=False, markup=False)
-        kept = prefix_cache_mib * 2**20 // scorer.read_bytes if scorer.reads_alone else 0
+        kept = Prefixes(scorer, prefix_cache_mib * 2**20).tokens
         console.print(f"up to {kept:,} tokens of prompts and images are kept (--prefix-cache-mib)", highlight=False)
         seconds = round(limits.seconds)
         config = uvicorn.Config(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mmrm_jax.tiny
+from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.tiny.mosaics import COLOURS, NAMES, PLACES, make_mosaic, make_mosaic_check
-from mmrm_jax.tiny.recipe import CONFIG, colour_histograms, mean_colours
+from mmrm_jax.tiny.recipe import Recipe, colour_histograms, mean_colours, model_config
+
+CONFIG = model_config(64, 2)
 
 
 def nearest(pixels: np.ndarray) -> np.ndarray:
@@ -93,3 +98,15 @@ def test_every_pixel_counts_once() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)
     found = np.asarray(colour_histograms(jnp.asarray(pixels), CONFIG))
     np.testing.assert_allclose((found**2).sum(-1), 64, rtol=1e-5)
+
+
+def test_the_recipe_makes_models_of_the_packaged_family() -> None:
+    packaged = read_config(Path(mmrm_jax.tiny.__file__).with_name("model"))
+    recipe = Recipe(Path("out"))
+    assert model_config(recipe.width, recipe.layers) == packaged
+    large = model_config(96, 3)
+    assert (large.vision.num_layers, large.decoder.num_layers) == (3, 3)
+    assert large.decoder.num_heads * large.decoder.head_width == large.vision.width == large.decoder.width == 96
+    for width, layers in [(40, 2), (0, 2), (64, 0)]:
+        with pytest.raises(ValueError, match=f"width {width} .* layers {layers}"):
+            Recipe(Path("out"), width=width, layers=layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -20,13 +21,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
 # Tiny models spend their time in the compiler, and results must not depend on what it optimises.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
-def accepted(flag: str) -> bool:
-    """Whether this XLA knows the flag: it aborts at one that it does not."""
+def accepted(flags: str) -> bool:
+    """Whether this XLA knows the flags: it aborts at one that it does not."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    return not subprocess.run(command, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode
+    return not subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode
 
 
 if "PYTEST_XDIST_WORKER" not in os.environ and accepted(QUICK_COMPILER):  # workers inherit it
@@ -51,6 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what was imported to itself: tracing makes many objects, and each search for garbage would go through it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 @pytest.fixture
 def strict_numerics() -> Iterator[None]:
     """Raise where dtypes or ranks are promoted implicitly: our own code must not, libraries may."""
@@ -60,13 +68,3 @@ def strict_numerics() -> Iterator[None]:
         stack.enter_context(jax.numpy_dtype_promotion("strict"))
         stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield
-
-
-@pytest.fixture(scope="module")
-def optimised() -> Iterator[None]:
-    """Compile as for a user, where tests look at what the compiler makes of a program."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)

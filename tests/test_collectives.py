@@ -1,4 +1,7 @@
-"""What the compiled train step sends between devices, and how large its program is."""
+"""What the compiled train step sends between devices, and how large its program is.
+
+XLA decides that before it makes machine code, which is all that these tests, like most, leave unoptimised.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ from mmrm_jax.objectives import shortcut_aware
 from mmrm_jax.sharding import make_mesh, param_shardings
 from mmrm_jax.train.state import abstract_model, merge_branch, split_params
 from mmrm_jax.types import Comparison
-
-pytestmark = pytest.mark.usefixtures("optimised")
 
 # Layers are scanned, no width is a number of groups, tokens or layers, and the vocabulary divides by nothing.
 MODEL = ModelConfig(

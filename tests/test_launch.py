@@ -62,19 +62,22 @@ def test_the_jobset_is_one_run_on_all_hosts_of_a_slice() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
 
 
+@pytest.fixture(scope="module")
+def train_help() -> str:
+    command = [sys.executable, "-c", CALL_MAIN, "train", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "gke_jobset.yaml"], ids=lambda p: p.name)
-def test_options_in_launch_files_are_those_of_the_command(path: Path) -> None:
+def test_options_in_launch_files_are_those_of_the_command(path: Path, train_help: str) -> None:
     """Options of `mmrm train` that a header or manifest names; those of other programs stand before it."""
     text = path.read_text().replace("\\\n", " ")
     found = {flag for line in text.splitlines() if " train " in line for flag in flags(line.partition(" train ")[2])}
     if path.suffix == ".yaml":
         command = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         found = {flag for word in command["containers"][0]["command"] for flag in flags(word)}
-    help_text = subprocess.run(
-        [sys.executable, "-c", CALL_MAIN, "train", "--help"], capture_output=True, text=True, check=True
-    ).stdout
     assert found
-    assert not [flag for flag in sorted(found) if not re.search(rf"{flag}(?![\w-])", help_text)]
+    assert not [flag for flag in sorted(found) if not re.search(rf"{flag}(?![\w-])", train_help)]
 
 
 def flags(text: str) -> list[str]:
@@ -141,6 +144,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not any(cell.get("outputs") for cell in notebook.cells)
     mmrm_script(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.setenv("MMRM_STEPS", "2")
     monkeypatch.setenv("MMRM_COMPARISONS", "256")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()

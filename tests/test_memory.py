@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,6 @@ from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.types import Comparison
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 DEEP = ModelConfig(vision=dataclasses.replace(VISION, num_layers=6), decoder=dataclasses.replace(DECODER, num_layers=6))
 
 
@@ -42,6 +42,16 @@ def batch(model: ModelConfig, groups: int, tiles: int = 1):
         [random_group(model, rng, i, tiles=tiles, responses=2, comparisons=(Comparison(0, 1),)) for i in range(groups)],
         model,
     )
+
+
+@contextlib.contextmanager
+def optimised() -> Iterator[None]:
+    """Compile as for a user."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,8 @@ def by_policy():
             rewards = nnx.merge(graphdef, p).rewards(one.prefixes["primary"], one.responses)
             return jnp.sum(jnp.sin(rewards))
 
-        compiled = jax.jit(jax.grad(score)).lower(params).compile()
+        with optimised():
+            compiled = jax.jit(jax.grad(score)).lower(params).compile()
         return flat(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
 
     found["cpu"] = measure("none")

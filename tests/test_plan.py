@@ -141,7 +141,6 @@ def test_what_fsdp_gathers_and_scatters(rank: int) -> None:
     assert "all-reduce" not in found
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_data_and_tensor_parallel_devices_reduce_is_what_the_compiled_step_does(remat) -> None:
     """Each of the two, of about equal size here; the CPU's compiler, without a TPU's fusions."""

@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave what was imported to itself: tracing makes many objects, and each search for garbage would go through it."""
+    """Leave what was imported to itself: tracing makes many objects, and searches for garbage would go through it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is compared with torch on 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CLOSE = 1e-4
-CONSOLE = Console()
+CONSOLE = Console(width=None if sys.stdout.isatty() else 120)  # wide enough for every table
 
 
 @dataclasses.dataclass(frozen=True)

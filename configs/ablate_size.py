@@ -1,13 +1,12 @@
-"""Do larger models need shortcut-aware training less? Three sizes of the tiny family, pretrained alike.
+"""Do larger models need shortcut-aware training less? Three sizes of the tiny family, pretrained by the same recipe.
 
-    for size in 32x1 64x2 96x3; do
-        python -m mmrm_jax.tiny.recipe --out runs/sizes/$size --width ${size%x*} --layers ${size#*x} \
-            --captions 20000 --steps 1000
-    done
+    python -m mmrm_jax.tiny.recipe --out runs/sizes/32x1 --width 32 --layers 1
+    python -m mmrm_jax.tiny.recipe --out runs/sizes/32x2 --width 32 --layers 2
     mmrm ablate configs/ablate_size.py
 
-A size is the width and the layers of tower and decoder. Each sees 5,000 steps of pretraining, a sixth of what the
-packaged model saw, and 100 of training. `docs/ablations.md` has what was found.
+A size is the width and the layers of tower and decoder; the third is the packaged model, 64 wide and 2 deep. Pretraining
+takes about an hour each: after 5,000 steps in place of 30,000 the smallest is right about 69 % of held-out questions
+and at chance in checks of an answer, and no objective finds in a model what it has not learnt to see.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from mmrm_jax.eval.quickstart import CONFIG
 
 config = AblateConfig(
     shapes=ShapesConfig(comparisons=4096),
-    grid=("matrix.model=runs/sizes/32x1,runs/sizes/64x2,runs/sizes/96x3",),
+    grid=("matrix.model=runs/sizes/32x1,runs/sizes/32x2,None",),
     matrix=MatrixConfig(
         title="Three sizes of model, on the shapes world",
         out=Path("runs/ablate-size"),

@@ -56,6 +56,12 @@ def test_data_loading(tmp_path: Path) -> None:
     assert all(results[side]["images_per_s"] > 0 for side in ("ours", "torch"))
 
 
+def test_bound(tmp_path: Path) -> None:
+    for result in run(tmp_path, "bound.py").values():
+        assert result["least_s"] == pytest.approx(result["shared_flops"] / result["flops_per_second"])
+        assert 1 < result["most_gain"] <= 2 and 0 < result["share"] < 1
+
+
 def test_cost_scaling(tmp_path: Path) -> None:
     sizes = ("--comparisons", "1", "3", "--responses", "2", "3")
     results = run(tmp_path, "cost_scaling.py", "--plot", str(tmp_path / "plot.png"), *sizes)

@@ -43,6 +43,7 @@ config = AblateConfig(
             "arm",
             "odin",
             "inform",
+            "cib",
             "caption_only",
         ),
         seeds=3,

@@ -10,10 +10,11 @@ from mmrm_jax.objectives.base import (
     label_probability,
     margins,
 )
+from mmrm_jax.objectives.bottleneck import cib, inform
 from mmrm_jax.objectives.dro import group_dro, v_rex
 from mmrm_jax.objectives.experts import learned_mixin, lff, product_of_experts, rubi
 from mmrm_jax.objectives.focal import debiased_focal, focal
-from mmrm_jax.objectives.heads import inform, odin
+from mmrm_jax.objectives.heads import odin
 from mmrm_jax.objectives.images import arm, image_contrast, mcr, modality_dropout, self_ablation
 from mmrm_jax.objectives.listwise import listwise
 from mmrm_jax.objectives.modifiers import centring, length_residual, margin
@@ -29,7 +30,7 @@ OBJECTIVES = {
         *(standard, text_only, image_only, caption_only, shortcut_aware, dual_sfc),
         *(focal, debiased_focal, product_of_experts, learned_mixin, rubi, lff),
         *(listwise, self_ablation, modality_dropout, image_contrast, mcr, arm),
-        *(odin, inform, group_dro, v_rex),
+        *(odin, inform, cib, group_dro, v_rex),
         *(jtt, text_filtered, confidence_reg, frozen_proxy, dfr, mmlora),
     )
 }

@@ -1,4 +1,4 @@
-"""Objectives with heads of their own beside the score: one for length, one for uncertainty."""
+"""An objective with a second head beside the score, for length."""
 
 from __future__ import annotations
 
@@ -47,28 +47,3 @@ def _correlation(rewards: jax.Array, lengths: jax.Array) -> jax.Array:
     both = jnp.sum(a * a) * jnp.sum(b * b)
     varies = both > 1e-12
     return jnp.where(varies, jnp.sum(a * b) / jnp.sqrt(jnp.where(varies, both, 1.0)), 0.0)
-
-
-def inform(*, beta: float = 1e-4) -> Objective:
-    """The Bradley-Terry loss of score . z, z ~ N(h, sigma^2), + beta * KL(N(h, sigma^2) || N(0, 1)), in nats.
-
-    h is the pooled state, log sigma^2 = V h with a head V of its own; a comparison has the mean of its responses' KL.
-    The deployed reward is score . h, the mean.
-
-    Miao et al. 2024, "InfoRM: Mitigating Reward Hacking in RLHF via Information-Theoretic Reward Modeling", arXiv
-    2402.09345, whose bottleneck is a network between h and the score: here it is at h itself.
-    """
-
-    def terms(seen: Seen) -> Terms:
-        h = seen.pooled["primary"]
-        log_variance = h @ seen.heads["variance"]
-        assert seen.keys is not None
-        drawn = jax.vmap(lambda key: jax.random.normal(key, h.shape[1:]))(seen.keys)
-        noise = jnp.exp(log_variance / 2) * drawn
-        winner, loser = seen.pairs(seen.rewards["primary"] + (noise @ seen.heads["score"])[..., 0])
-        kl = 0.5 * jnp.sum(h**2 + jnp.exp(log_variance) - 1 - log_variance, axis=-1)
-        of_winner, of_loser = seen.pairs(kl)
-        loss = bradley_terry(winner - loser, seen.comparisons) + beta * (of_winner + of_loser) / 2
-        return Terms(loss, {"primary": seen.loss("primary")})
-
-    return Objective("inform", PRIMARY, "primary", terms, pooled=("primary",), heads={"variance": None})

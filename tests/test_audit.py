@@ -334,7 +334,7 @@ def test_text_only_files_from_the_command_line(tmp_path, capsys):
     two.write_text(two.read_text() + '{"prompt": "x"}\n')
     out = tmp_path / "out"
     status, text = run(capsys, "audit", one, f"other={two}", "--out", out, "--json", tmp_path / "r.json")
-    assert status == 0, text
+    assert status == 0 and "replaced" not in text, text
     for said in ("one: strong", "other: strong", "turned round in other", "1 quarantined", "Shortcut share: max(0"):
         assert said in " ".join(text.split())
     result = json.loads((tmp_path / "r.json").read_text())
@@ -352,8 +352,10 @@ def test_examples_are_shown_beside_their_images(tmp_path, capsys):
     for row in rows:
         row["chosen"] += " Truly so."
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("an earlier one")
     status, text = run(capsys, "audit", file, "--out", tmp_path / "out")
-    assert status == 0, text
+    assert status == 0 and "report.html is there, and will be replaced" in " ".join(text.split()), text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "pairs: right and surest" in page and page.count("alt='Image of the prompt: Colour?'") >= 1
 

@@ -40,7 +40,9 @@ def audit(
     Raises DataError where a data set cannot be read, ValueError where two have one name.
     """
     started = time.monotonic()
-    named = name_data(data)
+    named, report = name_data(data), out / "report.html"
+    if report.exists():
+        console.print(f"{report} is there, and will be replaced", soft_wrap=True, markup=False, highlight=False)
     opened: list[tuple[str, str, GroupSource]] = []
     quarantined: list[Quarantined] = []
     with keep_quarantine(out / "quarantine.jsonl"):
@@ -61,7 +63,6 @@ def audit(
     result["quarantined"] = [dataclasses.asdict(entry) for entry in quarantined]
     out.mkdir(parents=True, exist_ok=True)
     write_quarantine(out / "quarantine.jsonl", quarantined)
-    report = out / "report.html"
     write_page(report, AuditPage(command, result, examples, quarantined))
     print_audit(result, console)
     console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

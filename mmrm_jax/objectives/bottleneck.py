@@ -45,7 +45,7 @@ def cib(*, beta: float = 5e-4) -> Objective:
     """
 
     def terms(seen: Seen) -> Terms:
-        text, image = (tuple(seen.pairs(x)[0] for x in _state(seen, name)) for name in ("text", "image"))
+        text, image = _of_winners(seen, "text"), _of_winners(seen, "image")
         known = _divergence(text) + _divergence(image) + (_divergence(text, image) + _divergence(image, text)) / 2
         group = seen.group()
         others = seen.comparisons.mask[None] & (group[:, None] != group[None])
@@ -67,6 +67,11 @@ def cib(*, beta: float = 5e-4) -> Objective:
 def _state(seen: Seen, forward: str) -> Gaussian:
     h = seen.pooled[forward]
     return h, h @ seen.heads["variance"]
+
+
+def _of_winners(seen: Seen, forward: str) -> Gaussian:
+    mean, log_variance = _state(seen, forward)
+    return seen.pairs(mean)[0], seen.pairs(log_variance)[0]
 
 
 def _uncertain(seen: Seen) -> Float[Array, " C"]:

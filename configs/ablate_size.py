@@ -6,7 +6,8 @@
 
 A size is the width and the layers of tower and decoder; the third is the packaged model, 64 wide and 2 deep.
 Pretraining takes about an hour each: after 5,000 steps in place of 30,000 the smallest is right about 69 % of
-held-out questions and at chance in checks of an answer, and no objective finds in a model what it has not learnt to see.
+held-out questions and at chance in checks of an answer, and no objective finds in a model what it has not learnt to
+see.
 """
 
 import dataclasses

@@ -25,10 +25,10 @@ and brightness 92.5 to 92.9, and with drop path 92.2. One seed each: differences
 
 What is missing is fine: on 733 such held-out comparisons standard training is right in 98.1 % of those between a
 package and a piece of produce, and in 83.8 % of those within a group, one in five (95.4 together). A bilinear model,
-of the best of three penalties there, on histograms has 97.1 and 91.6, one on the visual tokens of the packaged model, as it is, 98.5 and 93.0: the tower
-sees enough, and the decoder learns what tells a juice from another from the fifth of the comparisons that need it. A
-frozen tower does not help (94.0; at twice the rate and at a tenth of the decay, too), nor, with one, a frozen
-projector (91.8), LoRA of rank 8 (91.4), no augmentation (92.6) or more of it (93.2).
+of the best of three penalties there, on histograms has 97.1 and 91.6, one on the visual tokens of the packaged model,
+as it is, 98.5 and 93.0: the tower sees enough, and the decoder learns what tells a juice from another from the fifth
+of the comparisons that need it. A frozen tower does not help (94.0; at twice the rate and at a tenth of the decay,
+too), nor, with one, a frozen projector (91.8), LoRA of rank 8 (91.4), no augmentation (92.6) or more of it (93.2).
 """
 
 from pathlib import Path

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 BLOCKS, LEAST_BLOCK = 8, 128  # causal queries: more blocks skip more of what is masked, and take longer to compile
+MOST = 384  # queries a block where they see everything: scores of more do not fit into a cache
 LONG = 128  # shorter sequences are as fast all at once
 ATTENDED = "attended"  # what results are called where a layer chooses what it saves
 
@@ -35,7 +36,7 @@ def _one_head(
     """N heads of queries that share one of keys and values."""
     shared, length, width = q.shape
     q = q * width**-0.5
-    size = max(LEAST_BLOCK, -(-length // BLOCKS)) if causal else length
+    size = max(LEAST_BLOCK, -(-length // BLOCKS)) if causal else -(-length // -(-length // MOST))
     out = []
     for start in range(0, length, size):
         block = q[:, start : start + size]

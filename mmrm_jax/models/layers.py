@@ -35,20 +35,44 @@ def param(
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
 
 
+@jax.custom_vjp
+def product(x: Float[Array, "*B i"], kernel: Float[Array, "i o"]) -> Float[Array, "*B o"]:
+    """`jnp.dot`, whose gradient of the kernel is x^T g as it stands.
+
+    That of `jnp.dot` is (g^T x)^T, for which XLA's CPU compiler writes g anew, transposed, and computes what is fused
+    into it twice: forward and backward of a SwiGLU take half as long again.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.dot(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return jnp.dot(gradient, kernel.T), jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b) over the last axis, computed in the input's dtype.
 
     A bias over the model's width is not split: it is too small to be worth gathering. `models.lora` adds what adapters
-    give to the result of `jnp.dot`; that of `x @ W` would be out of its reach.
+    give to the result of `jnp.dot`, where `adapted`; that of `product` or `x @ W` would be out of its reach.
     """
 
     def __init__(self, sizes: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs):
         self.kernel = param(rngs, sizes, axes, nnx.initializers.lecun_normal())
         bias_axis = "norm" if axes[1] in ("embed", "vision") else axes[1]
         self.bias = param(rngs, sizes[1:], (bias_axis,), nnx.initializers.zeros) if bias else None
+        self.adapted = False
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        y = (jnp.dot if self.adapted else product)(x, self.kernel[...].astype(x.dtype))
         return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), LINEAR)
 
 

@@ -71,6 +71,8 @@ def _adapt(linear: Linear, rank: int, alpha: float, *inputs: Array, **options: A
     """A copy that applies adapters; it is called with `inputs` once, which draws them."""
     import qwix  # here, since nothing else needs it
 
+    linear = nnx.clone(linear)
+    linear.adapted = True
     normal = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
     provider = qwix.LoraProvider(rank=rank, alpha=alpha, lora_a_initializer=normal)
     return cast(nnx.Module, qwix.apply_lora_to_model(linear, provider, *inputs, **options))

@@ -76,7 +76,8 @@ def lff(*, q: float = 0.7, weighted: bool = True, proxy: str = "text") -> Object
     epsilon; the difference to shortcut-aware training is how the proxy learns.
 
     Nam et al. 2020, "Learning from Failure", arXiv 2007.02561, where W is made of running means of an example's losses
-    over epochs: here of the losses of the step. Their biased model sees the whole input: proxy=multimodal.
+    over epochs: here of the losses of the step, which is the same where an example is seen once. Their biased model
+    sees the whole input: proxy=multimodal.
 
     Args:
       q: 0 trains the proxy with the ordinary loss.

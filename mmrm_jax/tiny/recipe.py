@@ -37,8 +37,8 @@ from mmrm_jax.data.pipeline import MakeBatch, buckets_for, index_source
 from mmrm_jax.data.processor import Processor
 from mmrm_jax.data.shapes import encode_png, make_caption, make_check, scene_truth
 from mmrm_jax.data.sources import MemorySource
-from mmrm_jax.models.hf.config import config_to_hf
-from mmrm_jax.models.hf.weights import save_params
+from mmrm_jax.models.hf.config import config_to_hf, read_config
+from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.models.internvl import InternVL, pixel_shuffle
 from mmrm_jax.tiny.mosaics import make_mosaic, make_mosaic_check
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, save_tokenizer, train_tokenizer
@@ -62,7 +62,9 @@ class Recipe:
         learning_rate: The highest of each cycle.
         seed: Of pictures, first weights and order.
         width: Channels of tower and decoder, a multiple of 32.
-        layers: Of the tower, and as many of the decoder.
+        layers: Of the decoder, and as many of the tower where there is no `start`.
+        start: A model of the family, of the same width, to start from in place of random weights: its tower, and its
+            decoder as far as both have layers. Those that it lacks begin by changing nothing.
     """
 
     out: Path
@@ -73,6 +75,7 @@ class Recipe:
     seed: int = 0
     width: int = 64
     layers: int = 2
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32 or self.layers < 1:
@@ -179,6 +182,18 @@ def question_group(seed: int, index: int) -> Group:
     return Group(f"question-{index}", prompt, answers, (), encode_png(pixels), "questions", "questions", index + 1)
 
 
+def resized(params: nnx.State, new: nnx.State) -> nnx.State:
+    """`params` with as many decoder layers as `new` has: without the last of them, or with some of `new` added, whose
+    results add 0."""
+    flat, fresh = dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(new))
+    for path in [path for path in flat if path[:2] == ("decoder", "layers")]:
+        old, drawn = flat[path].get_value(), fresh[path].get_value()
+        adds = path[-2:] in (("o", "kernel"), ("down", "kernel"))
+        added = drawn[len(old) :] * (0 if adds else 1)
+        flat[path] = flat[path].replace(jnp.concatenate([old[: len(drawn)], added]))
+    return nnx.from_flat_state(flat)
+
+
 def pretrain(recipe: Recipe, config: ModelConfig, processor: Processor) -> nnx.State:
     """Train from scratch; prints the loss, and how often the right answer to held-out questions is the likelier one."""
     source = MemorySource(tuple(caption_group(recipe.seed, i) for i in range(recipe.captions)))
@@ -198,6 +213,10 @@ def pretrain(recipe: Recipe, config: ModelConfig, processor: Processor) -> nnx.S
 
     with nnx.use_eager_sharding(False):
         graphdef, params = nnx.split(InternVL(config, nnx.Rngs(recipe.seed)))
+        if recipe.start is not None:
+            other = read_config(recipe.start)
+            begun, _ = load_params(recipe.start, other, nnx.state(InternVL(other, nnx.Rngs(recipe.seed))))
+            params = resized(begun, params)
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
@@ -246,6 +265,8 @@ def main() -> None:
     recipe.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(train_tokenizer(), recipe.out)
     config = model_config(recipe.width, recipe.layers)
+    if recipe.start is not None:
+        config = dataclasses.replace(config, vision=read_config(recipe.start).vision)
     hf = config_to_hf(config, template="chatml-plain", max_tiles=6)
     (recipe.out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     processor = Processor.from_pretrained(recipe.out, config.visual_tokens_per_tile)

@@ -1,0 +1,29 @@
+"""Objectives on real photos: the two grocery environments whose text cues oppose each other, three seeds, short runs.
+
+    mmrm ablate configs/ablate_grocery.py --matrix.root ../shared/data/grocery
+
+The settings are those of configs/grocery.py, whose runs go four times as long: after about one pass over the data the
+cue still counts. `produce` is the o.o.d. test of `packages` and the other way round; `neutral` is trained on by none.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from mmrm_jax.config import AblateConfig
+
+grocery = runpy.run_path(str(Path(__file__).with_name("grocery.py")))["config"]
+
+config = AblateConfig(
+    matrix=dataclasses.replace(
+        grocery,
+        title="Objectives on grocery photos",
+        out=Path("runs/ablate-grocery"),
+        environments=tuple(
+            dataclasses.replace(e, train=None if e.name == "neutral" else e.train) for e in grocery.environments
+        ),
+        objectives=("text_only", "standard", "shortcut_aware", "product_of_experts", "jtt", "image_contrast"),
+        seeds=3,
+        train=dataclasses.replace(grocery.train, steps=240),
+    ),
+)

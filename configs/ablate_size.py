@@ -1,12 +1,11 @@
 """Do larger models need shortcut-aware training less? Three depths of the tiny family, pretrained by the same recipe.
 
     python -m mmrm_jax.tiny.recipe --out runs/sizes/64x1 --layers 1 --start mmrm_jax/tiny/model --steps 1000
-    python -m mmrm_jax.tiny.recipe --out runs/sizes/64x4 --layers 4 --start mmrm_jax/tiny/model --steps 1000
+    python -m mmrm_jax.tiny.recipe --out runs/sizes/64x4 --layers 4 --start mmrm_jax/tiny/model --steps 400
     mmrm ablate configs/ablate_size.py
 
 A size is the width and the layers of the decoder. The packaged model, 64 wide and 2 deep, is the middle one; the others
-start from it, without its last layer or with two more that begin by changing nothing, and see a sixth of the recipe's
-pictures. Tower and data are the same, as they are in InternVL's 2B, 4B and 8B.
+start from it, without its last layer, or with two more that begin by changing nothing and want less training. Tower and data are the same, as they are in InternVL's 2B, 4B and 8B.
 """
 
 import dataclasses

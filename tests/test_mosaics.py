@@ -6,14 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from tiny_models import make_batch, one_micro, random_group, random_params
 
-import mmrm_jax.tiny
 from mmrm_jax.models.hf.config import read_config
+from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.tiny.mosaics import COLOURS, NAMES, PLACES, make_mosaic, make_mosaic_check
-from mmrm_jax.tiny.recipe import Recipe, colour_histograms, mean_colours, model_config
+from mmrm_jax.tiny.recipe import Recipe, colour_histograms, mean_colours, model_config, model_of, resized
+from mmrm_jax.train.state import abstract_model
 
 CONFIG = model_config(64, 2)
 
@@ -101,7 +105,7 @@ def test_every_pixel_counts_once() -> None:
 
 
 def test_the_recipe_makes_models_of_the_packaged_family() -> None:
-    packaged = read_config(Path(mmrm_jax.tiny.__file__).with_name("model"))
+    packaged = read_config(MODEL_DIR)
     recipe = Recipe(Path("out"))
     assert model_config(recipe.width, recipe.layers) == packaged
     large = model_config(96, 3)
@@ -110,3 +114,24 @@ def test_the_recipe_makes_models_of_the_packaged_family() -> None:
     for width, layers in [(40, 2), (0, 2), (64, 0)]:
         with pytest.raises(ValueError, match=f"width {width} .* layers {layers}"):
             Recipe(Path("out"), width=width, layers=layers)
+
+
+def test_a_model_starts_from_another_of_the_family() -> None:
+    packaged = read_config(MODEL_DIR)
+    params = random_params(packaged, 0)
+    rng = np.random.default_rng(0)
+    batch = one_micro(make_batch([random_group(packaged, rng, 0, tiles=1, responses=2)], packaged))
+    batch = jax.tree.map(jnp.asarray, batch)
+    rewards = {}
+    for layers in (1, 2, 4):
+        config = model_of(Recipe(Path("out"), layers=layers, start=MODEL_DIR))
+        assert config.vision == packaged.vision and config.decoder.num_layers == layers
+        found = resized(params, random_params(config, 1))
+        graphdef, like = abstract_model(config)
+        assert jax.tree.map(jnp.shape, nnx.to_pure_dict(found)) == jax.tree.map(jnp.shape, nnx.to_pure_dict(like))
+        model = nnx.merge(graphdef, found)
+        rewards[layers] = np.asarray(model.rewards(batch.prefixes["primary"], batch.responses, jnp.dtype("float32")))
+    np.testing.assert_allclose(rewards[4], rewards[2], atol=1e-5)
+    assert np.abs(rewards[1] - rewards[2]).max() > 1e-3
+    with pytest.raises(ValueError, match="width is 96; .*, to start from, is 64 wide"):
+        model_of(Recipe(Path("out"), width=96, start=MODEL_DIR))

@@ -8,7 +8,7 @@ chat checkpoint without a score head. Beside it a linear map, dropped afterwards
 the visual tokens, so that they keep them: where each is for three cycles, and then, for two, how much there is of each,
 which is what photos of many small things ask for. It never sees a preference. The same machine gives the same weights.
 
-`--width` and `--layers` make other members of the family; see configs/ablate_size.py.
+`--width`, `--layers` and `--start` make other members of the family; see configs/ablate_size.py.
 
 The packaged model took 71 minutes on 2 busy cores. It prefers the right answer to all 256 held-out questions, in 87.9 %
 of checks of an answer and 85.9 % of checks of a mosaic; after three cycles to 99.2, 83.2 and 77.7 %.
@@ -101,6 +101,17 @@ def model_config(width: int, layers: int) -> ModelConfig:
             rope_theta=10000.0,
         ),
     )
+
+
+def model_of(recipe: Recipe) -> ModelConfig:
+    """The model that a recipe makes. Raises ValueError where it is to start from one of another width."""
+    config = model_config(recipe.width, recipe.layers)
+    if recipe.start is None:
+        return config
+    begun = read_config(recipe.start)
+    if begun.decoder.width != recipe.width:
+        raise ValueError(f"width is {recipe.width}; {recipe.start}, to start from, is {begun.decoder.width} wide")
+    return dataclasses.replace(config, vision=begun.vision)
 
 
 def caption_group(seed: int, index: int) -> Group:
@@ -264,9 +275,7 @@ def main() -> None:
     recipe = tyro.cli(Recipe, description=__doc__)
     recipe.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(train_tokenizer(), recipe.out)
-    config = model_config(recipe.width, recipe.layers)
-    if recipe.start is not None:
-        config = dataclasses.replace(config, vision=read_config(recipe.start).vision)
+    config = model_of(recipe)
     hf = config_to_hf(config, template="chatml-plain", max_tiles=6)
     (recipe.out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     processor = Processor.from_pretrained(recipe.out, config.visual_tokens_per_tile)

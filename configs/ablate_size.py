@@ -5,7 +5,8 @@
     mmrm ablate configs/ablate_size.py
 
 A size is the width and the layers of the decoder. The packaged model, 64 wide and 2 deep, is the middle one; the others
-start from it, without its last layer, or with two more that begin by changing nothing and want less training. Tower and data are the same, as they are in InternVL's 2B, 4B and 8B.
+start from it, without its last layer, or with two more that begin by changing nothing and want less training. Tower and
+data are the same, as they are in InternVL's 2B, 4B and 8B.
 """
 
 import dataclasses

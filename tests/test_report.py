@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmrm_jax.eval.metrics import CellScores, cell_row
 from mmrm_jax.eval.report import ReportData, SfcExample, headline, write_report
-from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds
+from mmrm_jax.eval.report_plots import Curve, SfcHistory, heat_map, pool_seeds, training_curves
 from mmrm_jax.eval.summary import summarise
 from mmrm_jax.types import Quarantined
 
@@ -351,3 +351,10 @@ def test_heat_map_colours_follow_the_numbers():
 def test_examples_say_what_their_margins_mean(tmp_path, sfc, proxy, finding):
     example = SfcExample("long", "highest", sfc, (), "prompt", "yes", "no", 1.0, proxy)
     assert finding in Page(written(tmp_path, ReportData("t", "", {}, [], [], (), (), (), {}, examples=[example]))).text
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+@pytest.mark.parametrize("labels", [1, 2, 27, 216])
+def test_curves_have_room_beside_their_legend(labels: int):
+    curves = [Curve("loss", f"objective {i % labels}", [1, 2], [1.0, i]) for i in range(labels + 2)]
+    assert training_curves(curves).startswith(b"\x89PNG")

@@ -135,7 +135,7 @@ def _curves(matrix: Matrix) -> list[Curve]:
         for key in r.history[0]:
             if key.endswith("/accuracy"):
                 branch = key.split("/")[0]
-                label = f"{r.cell.objective} {r.cell.train} {r.cell.seed}"
+                label = f"{r.cell.objective} {r.cell.train}"
                 curves.append(Curve(f"{branch} accuracy", label, steps, [h[key] for h in r.history]))
     return curves
 

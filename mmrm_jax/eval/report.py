@@ -254,7 +254,7 @@ def _curves(data: ReportData) -> str:
     drawn = [curve for curve in data.curves if len(curve.steps) > 1]
     for measure in dict.fromkeys(curve.measure for curve in drawn):
         curves = [curve for curve in drawn if curve.measure == measure]
-        alt = f"{measure} over the training steps of {', '.join(curve.label for curve in curves)}"
+        alt = f"{measure} over the training steps of {', '.join(dict.fromkeys(c.label for c in curves))}"
         figures.append(png_figure(training_curves(curves), measure, alt))
     content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{_TOO_SHORT}</p>"
     return html_section("Training", "Accuracy on the training batches, averaged over each logging interval.", content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from matplotlib.patches import Rectangle
 
 _DPI = 180
 _LABEL = 24  # characters
+STYLES = ("-", "--", ":")  # of ten lines each
 INK = "#1d2733"
 MUTED = "#66717e"
 
@@ -134,16 +136,21 @@ def sfc_over_training(history: SfcHistory) -> bytes:
 
 
 def training_curves(curves: Sequence[Curve]) -> bytes:
-    """Curves of one measure, one line a run."""
-    figure = new_figure(4.6, 3.0)
+    """Curves of one measure, one line a run; those of one label look the same."""
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    figure = new_figure(4.6, 2.8 + 0.17 * math.ceil(len(labels) / 2))
     axes = figure.add_subplot()
+    lines = {}
     for curve in curves:
-        axes.plot(curve.steps, curve.values, linewidth=1.3, label=axis_label(curve.label))
+        look = labels.index(curve.label)
+        style = {"color": f"C{look % 10}", "linestyle": STYLES[look // 10 % len(STYLES)], "linewidth": 1.3}
+        (lines[curve.label],) = axes.plot(curve.steps, curve.values, **style)
     axes.set_xlabel("training step")
     axes.set_ylabel(axis_label(curves[0].measure))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    names = map(axis_label, lines)
+    figure.legend(lines.values(), names, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return to_png(figure)
 
 

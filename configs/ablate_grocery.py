@@ -22,7 +22,7 @@ config = AblateConfig(
         environments=tuple(
             dataclasses.replace(e, train=None if e.name == "neutral" else e.train) for e in grocery.environments
         ),
-        objectives=("text_only", "standard", "shortcut_aware", "product_of_experts", "jtt", "image_contrast"),
+        objectives=("text_only", "standard", "shortcut_aware", "image_contrast"),
         seeds=3,
         train=dataclasses.replace(grocery.train, steps=240),
     ),

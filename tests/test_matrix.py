@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import re
@@ -18,7 +19,17 @@ from mmrm_jax.data.pipeline import EncodedSource
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.eval import matrix
 from mmrm_jax.eval.evaluate import Evaluation, image_clusters
-from mmrm_jax.eval.matrix import Cell, CellResult, Matrix, all_cells, check_matrix, read_cell, share_out, write_cell
+from mmrm_jax.eval.matrix import (
+    Cell,
+    CellResult,
+    Matrix,
+    all_cells,
+    check_matrix,
+    forward_passes,
+    read_cell,
+    share_out,
+    write_cell,
+)
 from mmrm_jax.eval.matrix_data import Data
 from mmrm_jax.eval.publish import publish
 from mmrm_jax.eval.running import Running, TableProgress, accuracies
@@ -60,8 +71,16 @@ def test_results_come_in_one_order_and_shares_cover_them():
         shares = share_out(cells, jobs)
         assert len(shares) == jobs and shares[0]
         assert sorted((c for share in shares for c in share), key=cells.index) == cells
-    # The costliest first: two branches each, on two processes, before the single ones of that seed.
-    assert [share[0].objective for share in share_out(cells, 2)] == ["shortcut_aware", "shortcut_aware"]
+        loads = [sum(forward_passes(c.objective) for c in share) for share in shares]
+        assert max(loads) - min(loads) <= 2  # the cost of one cell
+    # One objective after another, the costliest first, seed by seed; its steps are then compiled once.
+    (share,) = share_out(cells, 1)
+    order = [objective for objective, _ in itertools.groupby(share, key=lambda c: c.objective)]
+    assert order == ["shortcut_aware", "standard", "image_only"] and [c.seed for c in share] == [0, 0, 1, 1] * 3
+    assert [{c.objective for c in share} for share in share_out(cells, 2)] == [
+        {"shortcut_aware"},
+        {"image_only", "standard"},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -162,16 +162,18 @@ def write_settings(config: MatrixConfig, data: Data, cells: Sequence[Cell], prin
 
 
 def share_out(cells: Sequence[Cell], jobs: int) -> list[list[Cell]]:
-    """Cells for each of `jobs` processes: seed by seed, the costliest first, to the one with the least to do.
+    """Cells for each of `jobs` processes, in parts of about equal cost: the costliest objective first, and one after
+    another, so that its steps are compiled once, whatever seed and data, and by few of the processes.
 
     What a cell costs is its number of forward passes, those of the run before it included.
     """
     shares: list[list[Cell]] = [[] for _ in range(jobs)]
-    load = [0.0] * jobs
-    for cell in sorted(cells, key=lambda c: (c.seed, -forward_passes(c.objective))):
-        least = load.index(min(load))
-        shares[least].append(cell)
-        load[least] += forward_passes(cell.objective)
+    cost = {cell.objective: forward_passes(cell.objective) for cell in cells}
+    order = sorted(cost, key=lambda objective: -cost[objective])
+    whole, before = sum(cost[cell.objective] for cell in cells), 0.0
+    for cell in sorted(cells, key=lambda c: (order.index(c.objective), c.seed)):
+        shares[int(before / whole * jobs)].append(cell)
+        before += cost[cell.objective]
     return shares
 
 

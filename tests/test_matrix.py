@@ -73,6 +73,7 @@ def test_results_come_in_one_order_and_shares_cover_them():
         assert sorted((c for share in shares for c in share), key=cells.index) == cells
         loads = [sum(forward_passes(c.objective) for c in share) for share in shares]
         assert max(loads) - min(loads) <= 2  # the cost of one cell
+    assert share_out([], 2) == [[], []]
     # One objective after another, the costliest first, seed by seed; its steps are then compiled once.
     (share,) = share_out(cells, 1)
     order = [objective for objective, _ in itertools.groupby(share, key=lambda c: c.objective)]

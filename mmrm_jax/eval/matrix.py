@@ -134,7 +134,10 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     write_quarantine(config.out / "quarantine.jsonl", data.quarantined)
     cells = all_cells(config, list(data.train))
     write_settings(config, data, cells, resolved["fingerprints"])
-    run_shares(config, checkpoint, data, share_out(cells, config.jobs), console)
+    finished = [cell for cell in cells if is_finished(config.out, cell)]
+    shares = share_out([cell for cell in cells if cell not in finished], config.jobs)
+    shares[0] = finished + shares[0]  # which reads them for the display
+    run_shares(config, checkpoint, data, shares, console)
     results = [read_cell(config.out / "cells" / cell.name, cell) for cell in cells]
     return Matrix(config, data, results, time.monotonic() - start)
 
@@ -143,6 +146,11 @@ def all_cells(config: MatrixConfig, trains: Sequence[str]) -> list[Cell]:
     """The runs of a matrix in the order of its results: by seed, objective and training environment."""
     objectives = trained_objectives(config.objectives)
     return [Cell(o, name, seed) for seed in range(config.seeds) for o in objectives for name in trains]
+
+
+def is_finished(out: Path, cell: Cell) -> bool:
+    """Whether a matrix in `out` has the results of a cell."""
+    return (out / "cells" / cell.name / "cell.json").exists()
 
 
 def cell_config(config: MatrixConfig, cell: Cell) -> TrainConfig:
@@ -247,7 +255,7 @@ def run_cells(
         overall = progress.add_task("matrix" if config.jobs == 1 else "share", total=len(cells), metrics="")
         for cell in cells:
             folder = config.out / "cells" / cell.name
-            if not (folder / "cell.json").exists():
+            if not is_finished(config.out, cell):
                 settings = cell_config(config, cell)
                 steps = training_steps(settings, len(data.train[cell.train]))
                 show = functools.partial(task, progress)

@@ -206,7 +206,7 @@ def resized(params: nnx.State, new: nnx.State) -> nnx.State:
 
 
 def pretrain(recipe: Recipe, config: ModelConfig, processor: Processor) -> nnx.State:
-    """Train from scratch; prints the loss, and how often the right answer to held-out questions is the likelier one."""
+    """Train; prints the loss, and how often the right answer to held-out questions is the likelier one."""
     source = MemorySource(tuple(caption_group(recipe.seed, i) for i in range(recipe.captions)))
     questions = MemorySource(tuple(question_group(recipe.seed, i) for i in range(QUESTIONS)))
     data, _ = index_source(source, processor, VIEWS, cache=True)
@@ -260,7 +260,7 @@ def pretrain(recipe: Recipe, config: ModelConfig, processor: Processor) -> nnx.S
             for i in range(1, recipe.steps + 1):
                 indices = rng.integers(len(data), size=recipe.batch_size)
                 trained, opt_state, (loss, error) = step(trained, opt_state, *batch(indices), read_back)
-                if i % 250 == 0:
+                if i % 250 == 0 or i == recipe.steps:
                     right, seconds = np.asarray(evaluate(trained[0], test_batch)), time.monotonic() - start
                     names = ("answers", "checks", "mosaics")
                     scores = ", ".join(f"{name} {right[i::3].mean():.3f}" for i, name in enumerate(names))

@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[CACHE_VARIABLE] = cache
     # JAX locks the cache only where it has a maximum size; without the lock a worker can read a half-written entry.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 1024**3)
+    # Most of what tests compile takes less than the second from which on JAX would keep it.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 

@@ -124,7 +124,9 @@ class Responses:
     last: Int[Array, "*M G N"]
 
 
-ENVIRONMENT = "environment"  # the name that a comparison's environment has in `Comparisons.given`
+# Names that a comparison's environment, and its place among all comparisons of its source, have in `Comparisons.given`.
+ENVIRONMENT = "environment"
+NUMBER = "number"
 
 
 @_pytree
@@ -132,7 +134,7 @@ class Comparisons:
     """Preferences of a batch: `index[c]` = (winner, loser) into the flattened G*N responses.
 
     Padding rows have `mask` False and point at response 0. `given` has numbers for each that an objective asks for:
-    what a run before has found, by its branch, or its environment.
+    what a run before has found, by its branch, its environment, or its number.
     """
 
     index: Int[Array, "*M C 2"]

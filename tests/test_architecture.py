@@ -23,7 +23,8 @@ LAYERS = (
     ("eval",),
     ("serve", "audit", "ablate", "bench"),
     ("cli_args",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("start",),
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 

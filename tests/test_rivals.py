@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_objectives import comparisons, seen
-from tiny_models import MODEL, make_batch, one_micro, random_group, random_params
+from tiny_models import MODEL, make_batch, one_micro, random_group, random_params, with_numbers
 
 from mmrm_jax.config import TEXT_VIEWS, OptimizerConfig, TrainConfig
 from mmrm_jax.eval.matrix import forward_passes
@@ -36,6 +36,7 @@ def loss(spec: str, margins: dict[str, list[float]], **fields) -> np.ndarray:
     given = {b: jnp.asarray(d, jnp.float32) for b, d in margins.items()}
     n = len(next(iter(given.values())))
     objective = find_objective(spec)
+    fields = {"memory": jnp.zeros((n, objective.remembers))} | fields
     return np.asarray(
         jax.jit(lambda s: objective.terms(s).loss)(dataclasses.replace(seen(given, comparisons(n)), **fields))
     )
@@ -241,7 +242,8 @@ def test_what_gradients_reach(spec: str) -> None:
     state = jnp.asarray(objective.state) if objective.state else None
 
     def total(rewards):
-        return jnp.sum(objective.terms(Seen(rewards, comparisons(5), state=state)).loss)
+        memory = jnp.zeros((5, objective.remembers))
+        return jnp.sum(objective.terms(Seen(rewards, comparisons(5), state=state, memory=memory)).loss)
 
     grads, moved = jax.grad(total)(rewards), jax.grad(total)(rewards | {"primary": other["primary"]})
     apart = spec in PROXIED
@@ -266,7 +268,8 @@ def test_losses_stay_finite_where_margins_do_not_fit_any_probability() -> None:
         state = jnp.asarray(objective.state) if objective.state else None
 
         def total(rewards, objective=objective, c=c, state=state):
-            return jnp.sum(objective.terms(Seen(rewards, c, state=state)).loss)
+            memory = jnp.zeros((3, objective.remembers))
+            return jnp.sum(objective.terms(Seen(rewards, c, state=state, memory=memory)).loss)
 
         value, grads = jax.value_and_grad(total)({b: ends for b in objective.branches})
         assert np.isfinite(value), name
@@ -331,6 +334,8 @@ def a_batch(objective: Objective, micro_batches: int = 1):
             dataclasses.replace(g, given={"environment": np.full(len(g.comparisons), i % 2)})
             for i, g in enumerate(groups)
         ]
+    if objective.remembers:
+        groups = with_numbers(groups)
     if "ablated" in inputs:  # one blank tile, with fewer visual tokens
         blank = random_group(MODEL, rng, 0, tiles=1, responses=1).prefixes["primary"]
         groups = [dataclasses.replace(g, prefixes=g.prefixes | {"ablated": blank}) for g in groups]

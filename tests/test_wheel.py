@@ -67,7 +67,7 @@ def test_wheel_names_its_licence_version_and_command(wheel: Path, names: set[str
     scripts = configparser.ConfigParser()
     with zipfile.ZipFile(wheel) as archive:
         scripts.read_string(archive.read(f"{METADATA}/entry_points.txt").decode())
-    assert dict(scripts["console_scripts"]) == {"mmrm": "mmrm_jax.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"mmrm": "mmrm_jax.start:main"}
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound(wheel: Path) -> None:

@@ -184,3 +184,10 @@ def relative_errors(got: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str
         difference, size = np.abs(a - b).max(), np.abs(b).max()
         errors[name] = 0.0 if difference == 0 else float(difference / size) if size else float("inf")
     return errors
+
+
+def with_numbers(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
+    """The groups with the numbers of their comparisons, as `EncodedSource.with_numbers` counts them."""
+    ends = np.cumsum([len(g.comparisons) for g in groups])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
+    return [dataclasses.replace(g, given={**g.given, "number": n}) for g, n in zip(groups, numbers, strict=True)]

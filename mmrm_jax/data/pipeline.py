@@ -29,7 +29,7 @@ from mmrm_jax.data.records import raise_first
 from mmrm_jax.data.sources import GroupSource
 from mmrm_jax.data.text import TextError
 from mmrm_jax.distributed import divided
-from mmrm_jax.types import ENVIRONMENT, Batch, Group, Quarantined
+from mmrm_jax.types import ENVIRONMENT, NUMBER, Batch, Group, Quarantined
 
 T = TypeVar("T")
 
@@ -111,6 +111,22 @@ class EncodedSource:
         number = {name: float(k) for k, name in enumerate(sorted(set(names)))}
         values = [np.full(s.comparisons, number[n], np.float32) for n, s in zip(names, self.shapes, strict=True)]
         return dataclasses.replace(self, given={**self.given, ENVIRONMENT: values})
+
+    @property
+    def comparisons(self) -> int:
+        """The comparisons of all groups."""
+        return sum(shape.comparisons for shape in self.shapes)
+
+    def with_numbers(self) -> EncodedSource:
+        """The same with each comparison's place among all of them in `given`, from 0.
+
+        Raises ValueError where there are more than 2^24 of them: float32, which what is given is, counts no further.
+        """
+        if self.comparisons > 2**24:
+            raise ValueError(f"numbers can be kept of at most {2**24} comparisons, and there are {self.comparisons}")
+        ends = np.cumsum([shape.comparisons for shape in self.shapes])
+        values = np.split(np.arange(self.comparisons, dtype=np.float32), ends[:-1])
+        return dataclasses.replace(self, given={**self.given, NUMBER: values})
 
     def encode_group(self, group: Group, index: int, change: Change = unchanged) -> EncodedGroup | Quarantined:
         """As `encode`, of a group that has been read already."""

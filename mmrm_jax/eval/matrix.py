@@ -243,11 +243,13 @@ def run_cells(
     """
 
     @functools.lru_cache(PROGRAMS)
-    def program(objective: str, steps: int) -> Program:
-        return build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), steps)
+    def program(objective: str, steps: int, comparisons: int) -> Program:
+        settings = dataclasses.replace(config.train, objective=objective)
+        return build_program(checkpoint.config, settings, steps, comparisons=comparisons)
 
-    def build(settings: TrainConfig, steps: int) -> Program:
-        return program(settings.objective, steps)
+    def build(settings: TrainConfig, steps: int, comparisons: int) -> Program:
+        name = settings.objective
+        return program(name, steps, comparisons if find_objective(name).remembers else 1)
 
     running = Running(console)
     with make_progress(console, TableProgress) as progress:
@@ -281,7 +283,7 @@ def run_cell(
     """Train one model, with the run before it where there is one, and evaluate it on every test set."""
     folder.mkdir(parents=True, exist_ok=True)
     quarantine = folder / "unreadable.jsonl"
-    program = build(config, steps)
+    program = build(config, steps, data.train[cell.train].comparisons)
     state = resume(program, folder)
     if state is None and not (folder / "before").exists():
         quarantine.unlink(missing_ok=True)  # of a run that begins again

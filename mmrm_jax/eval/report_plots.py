@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -70,9 +71,25 @@ def heat_map(
     tests: Sequence[str],
     iid: Mapping[str, str],
 ) -> bytes:
+    """`draw_heat_map` as a figure of its own."""
+    figure = new_figure(1.5 + 0.78 * max(2, len(tests)), 1.2 + 0.52 * max(2, len(trains)))
+    draw_heat_map(figure.add_subplot(), rows, field, trains=trains, tests=tests, iid=iid)
+    return to_png(figure)
+
+
+def draw_heat_map(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    field: Literal["accuracy", "sfd"],
+    *,
+    trains: Sequence[str],
+    tests: Sequence[str],
+    iid: Mapping[str, str],
+) -> None:
     """A train-by-test map of one objective, in percent, i.i.d. cells outlined; the colour scale is always the same.
 
     Args:
+      axes: where to.
       rows: one row a cell (several seeds already averaged); an absent or undefined cell stays white.
       field: "accuracy" (scale 0 to 1 around chance, 1/2) or "sfd" (scale -1 to 1 around 0).
       trains: row order.
@@ -84,8 +101,6 @@ def heat_map(
         if row["train"] in trains and row["test"] in tests and row[field] is not None:
             values[trains.index(row["train"]), tests.index(row["test"])] = row[field]
     low, high, colours = (0.0, 1.0, "RdBu") if field == "accuracy" else (-1.0, 1.0, "PuOr_r")
-    figure = new_figure(1.5 + 0.78 * max(2, len(tests)), 1.2 + 0.52 * max(2, len(trains)))
-    axes = figure.add_subplot()
     # The ends of the map are too dark for dark numbers: the scale stops short of them.
     middle, reach = (low + high) / 2, 1.35 * (high - low) / 2
     axes.imshow(values, vmin=middle - reach, vmax=middle + reach, cmap=colours, aspect="auto")
@@ -107,7 +122,6 @@ def heat_map(
     axes.set_ylabel("trained on")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return to_png(figure)
 
 
 def sfc_over_training(history: SfcHistory) -> bytes:

@@ -45,7 +45,8 @@ class SavedRun:
         step = checkpoints.latest(lambda message: console.print(message, style="yellow")) if chosen is None else chosen
         if step is None:
             raise CheckpointError(f"{self.path / 'checkpoints'} holds no complete checkpoint: finish the run first")
-        state = checkpoints.restore(step, dataclasses.replace(self.program.abstract, opt_state=()), without="opt_state")
+        like = dataclasses.replace(self.program.abstract, opt_state=(), memory=None)
+        state = checkpoints.restore(step, like, without=("opt_state", "memory"))
         checkpoints.close()
         if chosen is None and step < self.steps:
             console.print(

@@ -130,7 +130,11 @@ def train_run(
     if model is None and (note := rate_note(config.optimizer.learning_rate, "--optimizer.learning-rate")):
         console.print(note, style="yellow")
     steps = training_steps(config, len(run.train))
-    program = build_program(run.checkpoint.config, config, steps)
+
+    def build(settings: TrainConfig, steps: int, comparisons: int) -> Program:
+        return build_program(run.checkpoint.config, settings, steps, comparisons=comparisons)
+
+    program = build(config, steps, run.train.comparisons)
     unreadable = out / "unreadable.jsonl"
     state = resume(program, out, lambda message: console.print(message, style="yellow")) if go_on else None
     if state is None and not (go_on and (out / "before").exists()):
@@ -146,7 +150,7 @@ def train_run(
             steps,
             out,
             quarantine=unreadable,
-            build=functools.partial(build_program, run.checkpoint.config),
+            build=build,
             show=functools.partial(task, bar),
             go_on=go_on,
             stop=stop,

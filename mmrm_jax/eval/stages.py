@@ -22,8 +22,8 @@ from mmrm_jax.train.program import Program
 from mmrm_jax.train.setup import Checkpoint, initial_params, training_batches
 from mmrm_jax.train.state import merge_branch
 
-# (settings, steps) -> the program of a run
-Build = Callable[[TrainConfig, int], Program]
+# (settings, steps, comparisons of its data) -> the program of a run
+Build = Callable[[TrainConfig, int, int], Program]
 # (name, steps) -> the display of a run's progress
 Show = Callable[[str, int], AbstractContextManager[Report]]
 Stop = Callable[[], signal.Signals | None]
@@ -63,7 +63,7 @@ def run_before(
         return Left(data, None, 0.0)
     first = max(1, round(before.share * steps))
     settings = dataclasses.replace(config, objective=before.objective, steps=first, eval_every=None, keep_best=0)
-    program = build(settings, first)
+    program = build(settings, first, data.comparisons)
     fold = np.random.default_rng(config.seed).permutation(len(data))[image_clusters(data)] % before.folds
     found: list[Evaluation] = []
     params, seconds = None, 0.0

@@ -30,6 +30,7 @@ class Seen:
             branch that scores.
         changed: Forward pass with a `change` -> whether that changed what is shown of a group.
         state: What `Terms.state` was after the last step; `Objective.state` before the first.
+        memory: What `Terms.memory` was when each comparison was last seen; 0 before that.
         keys: One for each group, for the draws of this step.
     """
 
@@ -40,6 +41,7 @@ class Seen:
     heads: Mapping[str, Float[Array, "D K"]] = dataclasses.field(default_factory=dict)
     changed: Mapping[str, Bool[Array, " G"]] = dataclasses.field(default_factory=dict)
     state: Float[Array, " S"] | None = None
+    memory: Float[Array, "C R"] | None = None
     keys: Key[Array, " G"] | None = None
 
     def margin(self, forward: str) -> Float[Array, " C"]:
@@ -75,13 +77,14 @@ class Terms:
     """Unreduced results, one entry per comparison; reduction is a (sum, count) over the comparisons' mask.
 
     `branch_losses` are each branch's own Bradley-Terry loss; `sfc` the Shortcut-Failure Coefficient, where used;
-    `state` is what the next step is to see.
+    `state` is what the next step is to see, `memory` what the next that holds the same comparison is to.
     """
 
     loss: Float[Array, " C"]
     branch_losses: dict[str, Float[Array, " C"]]
     sfc: Float[Array, " C"] | None = None
     state: Float[Array, " S"] | None = None
+    memory: Float[Array, "C R"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Objective:
         heads: Name -> K: linear maps [D, K], float32, trained beside the branches and left behind with the proxy; None
             is a K of D.
         state: What `Seen.state` is in the first step, where numbers are carried from step to step; then `couples`.
+        remembers: R, the numbers kept of every training comparison from one visit to the next, in `Seen.memory`.
         environments: How many environments `terms` tells apart, by `Seen.environment`; 0 where it does not read them.
         couples: Whether a comparison's loss depends on others of the batch: then micro-batches would change the result.
         before: The run that comes first, if there is one.
@@ -156,6 +160,7 @@ class Objective:
     pooled: tuple[str, ...] = ()
     heads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     state: tuple[float, ...] = ()
+    remembers: int = 0
     environments: int = 0
     couples: bool = False
     before: Before | None = None

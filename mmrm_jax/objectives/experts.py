@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmrm_jax.objectives.base import Objective, Seen, Terms, bradley_terry, surprise
 
@@ -69,20 +70,22 @@ def rubi() -> Objective:
     return Objective("rubi", BRANCHES, "primary", terms)
 
 
-def lff(*, q: float = 0.7, weighted: bool = True, proxy: str = "text") -> Objective:
-    """W * L + GCE(p_b), W = stop_gradient(Lt / (Lt + L)), GCE = (1 - p_b^q) / q.
+def lff(*, q: float = 0.7, weighted: bool = True, proxy: str = "text", running: float = 0.7) -> Objective:
+    """W * L + GCE(p_b), W = stop_gradient(Mt / (Mt + M)) of running means M of L and Mt of Lt, GCE = (1 - p_b^q) / q.
 
-    The generalised cross-entropy makes the proxy surer of what it already gets right. The weight is SFC's, without its
-    epsilon; the difference to shortcut-aware training is how the proxy learns.
+    The generalised cross-entropy makes the proxy surer of what it already gets right. Where a comparison is
+    seen once the weight is SFC's, without its epsilon; the difference to shortcut-aware training is then how the proxy
+    learns. From its second visit on M is running * M + (1 - running) * L, and so for Mt.
 
-    Nam et al. 2020, "Learning from Failure", arXiv 2007.02561, where W is made of running means of an example's losses
-    over epochs: here of the losses of the step, which is the same where an example is seen once. Their biased model
-    sees the whole input: proxy=multimodal.
+    Nam et al. 2020, "Learning from Failure", arXiv 2007.02561. Their biased model sees the whole input:
+    proxy=multimodal. Their code divides the means of each class by the largest, which has no meaning here, where the
+    winner is the only class.
 
     Args:
       q: 0 trains the proxy with the ordinary loss.
       weighted: Weigh the primary's loss; without it, training is standard and the proxy stands beside.
       proxy: What the proxy sees, "text" or "multimodal".
+      running: How much of the running means stays at each visit of a comparison, from 0, the step's losses alone, to 1.
     """
     if proxy not in ("text", "multimodal"):
         raise ValueError(f"lff:proxy is {proxy!r}; it must be text or multimodal")
@@ -91,11 +94,19 @@ def lff(*, q: float = 0.7, weighted: bool = True, proxy: str = "text") -> Object
     def terms(seen: Seen) -> Terms:
         losses = {branch: seen.loss(branch) for branch in ("primary", biased)}
         primary, own = losses.values()
-        weight = jax.lax.stop_gradient(own / (own + primary + jnp.finfo(jnp.float32).tiny))
+        means = _running_means(seen, jnp.stack([primary, own], axis=1), running)
+        weight = means[:, 1] / (means.sum(axis=1) + jnp.finfo(jnp.float32).tiny)
         if q:
             # p^q as exp(q log p), whose gradient stays finite where p is 0.
             own = (1 - jnp.exp(-q * surprise(seen.margin(biased), seen.comparisons))) / q
-        return Terms((weight * primary if weighted else primary) + own, losses)
+        return Terms((weight * primary if weighted else primary) + own, losses, memory=means)
 
     branches = {"primary": "multimodal", biased: "proxy" if proxy == "text" else "multimodal"}
-    return Objective("lff", branches, "primary", terms)
+    return Objective("lff", branches, "primary", terms, remembers=2)
+
+
+def _running_means(seen: Seen, losses: Float[Array, "C R"], keep: float) -> Float[Array, "C R"]:
+    """Exponential means of every comparison's losses over its visits, without a gradient; the first is its loss."""
+    losses = jax.lax.stop_gradient(losses)
+    assert seen.memory is not None
+    return jnp.where(seen.memory == 0, losses, keep * seen.memory + (1 - keep) * losses)

@@ -163,16 +163,16 @@ class Checkpoints:
         saved: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
         return saved["pending"] if saved else []
 
-    def restore(self, step: int, like: PyTree, *, without: str | None = None) -> PyTree:
+    def restore(self, step: int, like: PyTree, *, without: Collection[str] = ()) -> PyTree:
         """The state saved at `step`, placed and shaped as `like` (arrays or ShapeDtypeStructs with shardings).
 
-        The mesh may be another than that it was saved from. The part called `without`, which `like` then lacks too, is
+        The mesh may be another than that it was saved from. Parts named in `without`, which `like` then lacks too, are
         not read. Raises CheckpointError listing arrays that are missing, superfluous or of another shape or dtype.
         """
         wanted, treedef = _flat(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in wanted.items()}
         saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-        saved = {k: v for k, v in saved.items() if without is None or k.partition("/")[0] != without}
+        saved = {k: v for k, v in saved.items() if k.partition("/")[0] not in without}
         problems = [f"missing: {k}" for k in sorted(wanted.keys() - saved.keys())]
         problems += [f"superfluous: {k}" for k in sorted(saved.keys() - wanted.keys())]
         for k in sorted(wanted.keys() & saved.keys()):
@@ -183,7 +183,7 @@ class Checkpoints:
         if problems:
             raise CheckpointError(f"{self.directory}, step {step}, does not fit:\n  " + "\n  ".join(problems))
         context = ocp.Context()
-        context.pytree.loading.partial_load = without is not None
+        context.pytree.loading.partial_load = bool(without)
         with context:
             restored = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
         return treedef.unflatten([restored[k] for k in wanted])

@@ -41,10 +41,12 @@ class Program:
     eval_step: Callable
     is_finite: Callable
     lower_train_step: Callable
+    comparisons: int
 
     def init(self, params: nnx.State, config: TrainConfig) -> TrainState:
         """The sharded state at step 0 from one branch's parameters."""
-        return jax.device_put(_new_state(params, self.objective, self.optimizer, config), self.shardings)
+        state = _new_state(params, self.objective, self.optimizer, config, self.comparisons)
+        return jax.device_put(state, self.shardings)
 
     def put(self, batch: Batch, *, micro: bool = True) -> Batch:
         """Place a host batch on the mesh, leaving out the prefixes that this objective does not use."""
@@ -57,10 +59,13 @@ class Program:
         return {name for name, view in self.inputs.items() if view == "blank"}
 
 
-def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> Program:
+def build_program(
+    model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None, *, comparisons: int = 1
+) -> Program:
     """Set up the optimiser and both steps. Nothing is compiled before its first call.
 
     `mesh` is that of the configuration over all devices unless another is given, of devices that are not at hand say.
+    `comparisons` are those of the training data, for an objective that keeps numbers of each.
     Raises ValueError for an unknown objective, and where it does not go with the rest of the configuration.
     """
     objective = find_objective(config.objective)
@@ -70,7 +75,7 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
     check_heads(model, mesh)
     optimizer = make_optimizer(_optimizer_config(objective, config), steps, model.decoder.family)
     graphdef, params = abstract_model(as_trained(model, config))
-    abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config), params)
+    abstract = jax.eval_shape(lambda p: _new_state(p, objective, optimizer, config, comparisons), params)
     shardings = state_shardings(abstract, mesh)
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
@@ -88,11 +93,16 @@ def build_program(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mes
         _in_mesh(mesh, jax.jit(eval_step)),
         _in_mesh(mesh, jax.jit(all_finite, out_shardings=replicated(mesh))),
         _in_mesh(mesh, jitted.lower),
+        comparisons,
     )
 
 
 def _new_state(
-    params: nnx.State, objective: Objective, optimizer: optax.GradientTransformation, config: TrainConfig
+    params: nnx.State,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    comparisons: int,
 ) -> TrainState:
     views = objective.views(config.proxy_input)
     config = objective.adapt(config)
@@ -106,6 +116,7 @@ def _new_state(
         config.frozen_dtype,
         objective.heads,
         objective.state,
+        (comparisons, objective.remembers),
     )
 
 

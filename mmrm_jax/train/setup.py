@@ -175,7 +175,9 @@ def training_batches(
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
     """
-    data = _with_environments(data, find_objective(config.objective))
+    objective = find_objective(config.objective)
+    data = _with_environments(data, objective)
+    data = data.with_numbers() if objective.remembers else data
     shapes = data.shapes if only is None else [data.shapes[i] for i in only]
     plan = BatchPlan(list(map(buckets.of, shapes)), config.batch_size, config.seed, steps, only)
     index, count = batch_share(mesh)

@@ -32,8 +32,9 @@ class TrainState:
 
     A branch with adapters trains them and its score head: where all have them, the whole trunk is in `frozen`.
 
-    `params["heads"]` are the objective's own, where it has some, and `carried` the numbers that it carries from step to
-    step. `seed`, with `step`, is all that a step's random draws depend on.
+    `params["heads"]` are the objective's own, where it has some, `carried` the numbers that it carries from step to
+    step, and `memory` [comparisons of the training data, R] those that it keeps of each. `seed`, with `step`, is all
+    that a step's random draws depend on.
     """
 
     params: dict[str, nnx.State]
@@ -42,6 +43,7 @@ class TrainState:
     step: jax.Array
     seed: jax.Array
     carried: jax.Array | None = None
+    memory: jax.Array | None = None
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -149,8 +151,9 @@ def create_state(
     frozen_dtype: str = "float32",
     heads: Mapping[str, int | None] = MappingProxyType({}),
     carried: tuple[float, ...] = (),
+    memory: tuple[int, int] = (0, 0),
 ) -> TrainState:
-    """The state at step 0; `heads` and `carried` are what the objective has of its own."""
+    """The state at step 0; `heads`, `carried` and the shape of `memory` are what the objective has of its own."""
     trainable, frozen = split_params(params, views, freeze, lora, seed, frozen_dtype)
     if heads:
         trainable[HEADS] = init_heads(heads, jax.tree.leaves(params["score"])[0].shape[0], seed)
@@ -161,6 +164,7 @@ def create_state(
         jnp.zeros((), jnp.int32),
         jnp.asarray(seed, jnp.int32),
         jnp.asarray(carried, jnp.float32) if carried else None,
+        jnp.zeros(memory, jnp.float32) if memory[1] else None,
     )
 
 
@@ -189,5 +193,5 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state, is_leaf=is_variable)
     frozen = param_shardings(state.frozen, mesh)
     whole = replicated(mesh)
-    carried = None if state.carried is None else whole
-    return TrainState(params, frozen, opt_state, whole, whole, carried)  # type: ignore[arg-type]
+    carried, memory = (None if x is None else whole for x in (state.carried, state.memory))
+    return TrainState(params, frozen, opt_state, whole, whole, carried, memory)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from mmrm_jax.config import BranchInput
 from mmrm_jax.models.lora import merge_model
 from mmrm_jax.objectives import Objective, Seen, Terms, margins
 from mmrm_jax.train.state import HEADS, TrainState, merge_branch
-from mmrm_jax.types import Batch, Prefix, PyTree, Responses
+from mmrm_jax.types import NUMBER, Batch, Comparisons, Prefix, PyTree, Responses
 
 SFC_BINS = 40  # histogram bins over (0, 1)
 
@@ -67,6 +67,7 @@ def see(
     key: Key[Array, ""],
     proxy_input: BranchInput,
     carried: Float[Array, " S"] | None = None,
+    memory: Float[Array, "T R"] | None = None,
 ) -> Seen:
     """Run every forward pass of a training step, and bring together what the objective declares to need.
 
@@ -92,7 +93,22 @@ def see(
         heads["score"] = models[objective.scores].score[...][:, None]
     pooled = {branch: pooled[branch] for branch in objective.pooled}
     lengths = response_lengths(batch.responses)
-    return Seen(rewards, batch.comparisons, lengths, pooled, heads, changed, carried, keys)
+    known = None if memory is None else memory[_numbers(batch.comparisons)]
+    return Seen(rewards, batch.comparisons, lengths, pooled, heads, changed, carried, known, keys)
+
+
+def _numbers(comparisons: Comparisons) -> Int[Array, " C"]:
+    return comparisons.given[NUMBER].astype(jnp.int32)
+
+
+def _learnt(terms: Terms, comparisons: Comparisons, memory: Array | None) -> Array | None:
+    """What a batch adds to the memory of all comparisons: of micro-batches, sums."""
+    if memory is None:
+        return None
+    assert terms.memory is not None
+    where = _numbers(comparisons)
+    new = jnp.where(comparisons.mask[:, None], jax.lax.stop_gradient(terms.memory) - memory[where], 0.0)
+    return jnp.zeros_like(memory).at[where].add(new)
 
 
 def response_lengths(responses: Responses) -> Int[Array, "G N"]:
@@ -146,17 +162,20 @@ def make_train_step(
     """
 
     def loss_sum(
-        params: dict[str, nnx.State], frozen: nnx.State, batch: Batch, key: Array, carried: Array | None
-    ) -> tuple[Array, tuple[Sums, Array | None]]:
-        seen = see(graphdef, objective, params, frozen, batch, dtype, key, proxy_input, carried)
+        params: dict[str, nnx.State], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Sums, Array | None, Array | None]]:
+        seen = see(
+            graphdef, objective, params, state.frozen, batch, dtype, key, proxy_input, state.carried, state.memory
+        )
         with jax.named_scope("objective"):
             terms = objective.terms(seen)
             sums = _sums(terms, {b: seen.margin(b) for b in objective.branches}, batch)
-        return sums["loss"][0], (sums, terms.state)
+            learnt = _learnt(terms, batch.comparisons, state.memory)
+        return sums["loss"][0], (sums, terms.state, learnt)
 
-    def micro(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[Sums, Array | None]]:
+    def micro(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[Sums, Array | None, Array | None]]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        return jax.grad(loss_sum, has_aux=True)(state.params, state.frozen, batch, key, state.carried)
+        return jax.grad(loss_sum, has_aux=True)(state.params, state, batch, key)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda x: x[0], batch)
@@ -165,7 +184,7 @@ def make_train_step(
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, state, first))
             total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, micro(state, b)), None), zeros, batch)
-        grads, (sums, carried) = total
+        grads, (sums, carried, learnt) = total
         count = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         with jax.named_scope("optimizer"):
@@ -174,8 +193,9 @@ def make_train_step(
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics |= {"comparisons": sums["loss"][1], "decided": sums[f"{objective.scores}/accuracy"][1]}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, carried=carried)
-        return state, metrics
+        memory = None if state.memory is None or learnt is None else state.memory + learnt
+        kept = {"carried": carried, "memory": memory}
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, **kept), metrics
 
     return step
 

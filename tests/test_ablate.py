@@ -100,8 +100,8 @@ def test_programs_that_are_no_longer_used_are_forgotten(capsys, monkeypatch, tmp
     built: list[str] = []
     programs: list[weakref.ref] = []
 
-    def build(model, config, steps):
-        program = build_program(model, config, steps)
+    def build(model, config, steps, **fields):
+        program = build_program(model, config, steps, **fields)
         if steps > 1:  # not the ones that only check the set-up
             built.append(config.objective)
             programs.append(weakref.ref(program))

@@ -25,7 +25,7 @@ from mmrm_jax.sharding import make_mesh, put_batch
 from mmrm_jax.train.compiling import compiler_memory_released
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model, init_params, place_abstract
-from mmrm_jax.types import Batch, Comparison
+from mmrm_jax.types import NUMBER, Batch, Comparison
 
 
 def model_config(size: Size) -> ModelConfig:
@@ -52,6 +52,8 @@ def encoded(examples: Sequence[Example], views: Mapping[str, str], image_token: 
         image = tokens == image_token
         return Conversation(tokens.astype(np.int32), np.where(image, np.cumsum(image) - 1, -1).astype(np.int32))
 
+    ends = np.cumsum([len(e.comparisons) for e in examples])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
     return [
         EncodedGroup(
             i,
@@ -59,16 +61,19 @@ def encoded(examples: Sequence[Example], views: Mapping[str, str], image_token: 
             tuple(r.astype(np.int32) for r in e.responses),
             e.tiles,
             tuple(Comparison(*c) for c in e.comparisons),
+            {NUMBER: numbers[i]},
         )
         for i, e in enumerate(examples)
     ]
 
 
-def collated(examples: Sequence[Example], views: Mapping[str, str], config: ModelConfig) -> Batch:
+def collated(
+    examples: Sequence[Example], views: Mapping[str, str], config: ModelConfig, given: Sequence[str] = ()
+) -> Batch:
     """The batch [1, ...] that the data pipeline makes of these groups."""
     groups = encoded(examples, views, config.decoder.vocab_size - 1)
     buckets = fit_buckets([g.shape for g in groups], 1, config.vision.image_size)
-    return collate(groups, buckets, num_groups=len(groups), micro_batches=1, views=views)
+    return collate(groups, buckets, num_groups=len(groups), micro_batches=1, views=views, given=given)
 
 
 def _by_response(rewards: jax.Array, batch: Batch) -> np.ndarray:
@@ -80,8 +85,9 @@ class Training:
 
     def __init__(self, folder: Path, examples: Sequence[Example], train: TrainConfig):
         config, params = load_model(folder)
-        self.program = build_program(config, train, steps=1000)
-        self.batch = collated(examples, self.program.views, config)
+        self.program = build_program(config, train, 1000, comparisons=sum(len(e.comparisons) for e in examples))
+        given = [NUMBER] if self.program.objective.remembers else []
+        self.batch = collated(examples, self.program.views, config, given)
         self.state = self.program.init(params, train)
 
     def rewards(self) -> dict[str, np.ndarray]:

@@ -118,7 +118,8 @@ def draw(result: dict[str, Any]) -> bytes:
                 kept = [i for i, mean in enumerate(line["mean"]) if mean is not None]
                 x = [result["kl"][way][i] for i in kept]
                 place.plot(x, [line["mean"][i] for i in kept], marker="o", markersize=3, label=objective)
-                place.fill_between(x, [line["low"][i] for i in kept], [line["high"][i] for i in kept], alpha=0.2)
+                ends = (np.clip([line[end][i] for i in kept], 0.0, 1.0) for end in ("low", "high"))  # of shares
+                place.fill_between(x, *ends, alpha=0.2)
             place.set_title(f"{way}: {'right answers' if name == 'gold' else 'long answers'}", fontsize=10)
             place.set_ylabel("share", fontsize=9)
             place.set_xlabel("KL from the first policy, nats", fontsize=9)

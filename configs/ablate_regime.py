@@ -19,6 +19,7 @@ config = AblateConfig(
         title="When shortcut-aware training helps, on the shapes world",
         out=Path("runs/ablate-regime"),
         objectives=("text_only", "standard", "shortcut_aware"),
+        seeds=3,
         train=dataclasses.replace(CONFIG.train, steps=100),
     ),
 )

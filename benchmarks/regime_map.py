@@ -42,14 +42,17 @@ class RegimeMap:
 
 
 def exact(evidence: float) -> list[dict[str, float]]:
-    """Changes by shortcut-aware training, fractions, with the cue reversed ("ood") and as trained ("iid")."""
+    """Changes by shortcut-aware training, fractions, with the cue reversed ("ood") and as trained ("iid").
+
+    As many labels go against the image in both as in training: so it is in the tests of the shapes world.
+    """
     places = [(agreement, against) for agreement in AGREEMENT for against in AGAINST]
     worlds = [two_feature_world(agreement, evidence, against) for agreement, against in places]
     fitted = [fit(objective, worlds) for objective in (standard(), shortcut_aware())]
     rows = []
     for (agreement, against), *pair in zip(places, *fitted, strict=True):
         own = [accuracy(weights, agreement, evidence, against) for weights in pair]
-        reversed_cue = [accuracy(weights, 1 - agreement, evidence, 0.0) for weights in pair]
+        reversed_cue = [accuracy(weights, 1 - agreement, evidence, against) for weights in pair]
         place = {"agreement": agreement, "noise": against, "evidence": evidence}
         rows.append(place | {"iid": own[1] - own[0], "ood": reversed_cue[1] - reversed_cue[0]})
     return rows

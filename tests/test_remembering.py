@@ -25,8 +25,9 @@ from mmrm_jax.config import OptimizerConfig, TrainConfig
 from mmrm_jax.data.buckets import GroupShape
 from mmrm_jax.data.pipeline import EncodedSource
 from mmrm_jax.eval import single
-from mmrm_jax.objectives import find_objective
+from mmrm_jax.objectives import Terms, find_objective
 from mmrm_jax.train.preemption import PREEMPTED
+from mmrm_jax.train.step import _learnt, _remembered
 
 CONFIG = TrainConfig(objective="lff", optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0))
 SMALL = ["--batch-size", 8, "--data.holdout", 0, "--data.buckets", 1, "--log-every", 1, "--checkpoint-every", 1]
@@ -90,6 +91,19 @@ def test_the_same_is_kept_on_any_mesh(monkeypatch) -> None:
         mean = 0.7 * metrics[0][f"{branch}/loss"] + 0.3 * metrics[1][f"{branch}/loss"]
         assert expected[:, column].mean() == pytest.approx(mean, rel=1e-5)
     assert len(np.unique(expected[:, 0])) > 5 and np.all(expected > 0)
+
+
+def test_a_comparison_that_a_batch_has_several_times_is_kept_as_once() -> None:
+    """Two copies of one, of which the mean is kept, another by itself, and padding, which is none."""
+    memory = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    c = comparisons(4, mask=[True, True, True, False])
+    c = dataclasses.replace(c, given={"number": jnp.asarray([2.0, 2.0, 0.0, 0.0])})
+    kept = jnp.asarray([[7.0, 8.0], [9.0, 12.0], [-1.0, -2.0], [50.0, 50.0]])
+    terms = Terms(jnp.zeros(4), {}, memory=kept)
+    parts = [dataclasses.replace(c, mask=c.mask & jnp.asarray(here)) for here in ([1, 0, 0, 1], [0, 1, 1, 1])]
+    for learnt in (_learnt(terms, c, memory), sum(_learnt(terms, part, memory) for part in parts)):
+        np.testing.assert_allclose(_remembered(memory, learnt), [[-1, -2], [3, 4], [8, 10]], rtol=1e-6)
+    assert _remembered(None, None) is None
 
 
 def test_comparisons_are_numbered_over_all_groups() -> None:

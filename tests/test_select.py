@@ -28,6 +28,14 @@ def scored(folder: Path) -> tuple[Path, list[dict]]:
     return write(folder / "scores.jsonl", [*lines[:2], {"error": "no image"}, *lines[2:]]), lines
 
 
+def test_one_prompt_has_a_curve_without_intervals(capsys, tmp_path: Path) -> None:
+    _, lines = scored(tmp_path)
+    file = write(tmp_path / "one.jsonl", lines[:3])
+    status, text = run(capsys, "best-of-n", file, "--out", tmp_path / "best.jsonl", "--plot", tmp_path / "curve.png")
+    assert status == 0 and "0.500" in text and " to " not in text.split("best of n:")[1].split("\n", 1)[1], text
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_picks_and_curves(capsys, tmp_path: Path) -> None:
     file, lines = scored(tmp_path)
     command = ["best-of-n", file, "--out", tmp_path / "best.jsonl", "--json", tmp_path / "r.json"]

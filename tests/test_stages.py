@@ -85,6 +85,15 @@ def test_what_a_run_before_cannot_be() -> None:
             find_objective(spec)
 
 
+def test_more_parts_than_images_are_refused(capsys, tmp_path) -> None:
+    data = write_pairs(tmp_path, "a", 4)
+    status, text = run(
+        *(capsys, "train", "--data", data, "--out", tmp_path / "run", "--objective", "text_filtered:folds=5"),
+        *("--batch-size", 4, "--steps", 2, "--data.holdout", 0),
+    )
+    assert status == 2 and "text_filtered:folds=5 takes 5 parts of the images, and the data have 4" in text, text
+
+
 def test_margins_go_to_the_groups_they_are_of() -> None:
     counts = (2, 1, 0, 3)
     shapes = tuple(GroupShape({}, (1, 1), 0, count) for count in counts)

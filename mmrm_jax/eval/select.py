@@ -141,8 +141,14 @@ def _table(curve: Curve) -> Table:
         table.add_column(name, justify="right")
     for i, (n, kl) in enumerate(zip(curve.ns, curve.kl, strict=True)):
         points = (values[i] for values in curve.values.values())
-        table.add_row(f"{n}", f"{kl:.2f}", *(f"{p['mean']:.3f} ({p['low']:.3f} to {p['high']:.3f})" for p in points))
+        table.add_row(f"{n}", f"{kl:.2f}", *map(_shown, points))
     return table
+
+
+def _shown(point: dict[str, float | None]) -> str:
+    """A mean with its interval, which a single prompt does not give."""
+    around = "" if point["low"] is None else f" ({point['low']:.3f} to {point['high']:.3f})"
+    return f"{point['mean']:.3f}{around}"
 
 
 def _plot(curve: Curve) -> bytes:

@@ -64,7 +64,11 @@ def run_before(
     first = max(1, round(before.share * steps))
     settings = dataclasses.replace(config, objective=before.objective, steps=first, eval_every=None, keep_best=0)
     program = build(settings, first, data.comparisons)
-    fold = np.random.default_rng(config.seed).permutation(len(data))[image_clusters(data)] % before.folds
+    clusters = image_clusters(data)
+    images = clusters.max(initial=-1) + 1
+    if images < before.folds:
+        raise ValueError(f"{config.objective} takes {before.folds} parts of the images, and the data have {images}")
+    fold = np.random.default_rng(config.seed).permutation(images)[clusters] % before.folds
     found: list[Evaluation] = []
     params, seconds = None, 0.0
     for k in range(before.folds):

@@ -91,10 +91,10 @@ def summarise(
       resamples: number of bootstrap resamples.
 
     Returns:
-      Rows {"measure", "objective", "versus": None | "standard", "mean", "low", "high", "seeds"}, and of differences
-      "p", the two-sided bootstrap p-value; a measure no cell belongs to is left out, an undefined one is None. With
-      one seed the interval holds for that trained model; with two or three it is wide, since so few say little of how
-      runs vary.
+      Rows {"measure", "objective", "versus": None | "standard", "mean", "low", "high", "seeds"}, these those that
+      define the measure, and of differences "p", the two-sided bootstrap p-value; a measure no cell belongs to is left
+      out, an undefined one is None. With one seed the interval holds for that trained model; with two or three it is
+      wide, since so few say little of how runs vary.
 
     Raises:
       ValueError: at two cells of one name, at cells of one test and seed with different comparisons, at a training
@@ -103,7 +103,7 @@ def summarise(
     _check(cells)
     quantities = _resample(cells, seed, resamples)
     seeds = sorted({cell.seed for cell in cells})
-    weights = dict(zip(seeds, _seed_weights(len(seeds), named_rng(seed, "seeds"), resamples).T, strict=True))
+    weights = {count: _seed_weights(count, named_rng(seed, "seeds"), resamples) for count in range(1, len(seeds) + 1)}
     rows: list[dict[str, Any]] = []
     for measure, (quantity, kind) in _MEASURES.items():
         by_objective: dict[str, _Values] = {}
@@ -178,7 +178,7 @@ def _resample(
 
 
 def _against_baseline(
-    measure: str, by_objective: dict[str, _Values], weights: Mapping[int, np.ndarray]
+    measure: str, by_objective: dict[str, _Values], weights: Mapping[int, Float[np.ndarray, "B S"]]
 ) -> list[dict[str, Any]]:
     """Paired differences of every other objective against standard, and for "sfd" also the relative reduction."""
     rows = []
@@ -199,18 +199,26 @@ def _against_baseline(
     return rows
 
 
-def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B"]]) -> Float[np.ndarray, "B"]:
-    """Mean over each seed's defined cells, then over seeds with the draw's weights; NaN where nothing is defined.
+def _seeds(values: _Values) -> list[int]:
+    """Those with a cell that is defined: no others say how seeds vary."""
+    return sorted({key.seed for key, column in values.items() if not np.isnan(column[0])})
 
-    Weights are centred anew where some seeds are undefined.
+
+def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B S"]]) -> Float[np.ndarray, "B"]:
+    """Mean over each seed's defined cells, then over seeds with the weights of so many; NaN where nothing is defined.
+
+    Weights are centred anew in resamples that leave some seeds undefined.
     """
     size = next(iter(values.values())).shape
+    seeds = _seeds(values)
+    if not seeds:
+        return np.full(size, np.nan)
     by_seed, weight = [], []
-    for seed in sorted({key.seed for key in values}):
+    for seed, drawn in zip(seeds, weights[len(seeds)].T, strict=True):
         cells = np.stack([column for key, column in values.items() if key.seed == seed])
         count = np.sum(~np.isnan(cells), axis=0)
         by_seed.append(np.divide(np.nansum(cells, axis=0), count, out=np.full(size, np.nan), where=count > 0))
-        weight.append(np.where(count > 0, weights[seed], np.nan))
+        weight.append(np.where(count > 0, drawn, np.nan))
     defined = np.sum(~np.isnan(by_seed), axis=0)
     total, all_weight = np.nansum(np.stack(by_seed) * np.stack(weight), axis=0), np.nansum(weight, axis=0)
     shift = np.divide(defined - all_weight, defined, out=np.zeros(size), where=defined > 0)
@@ -231,7 +239,7 @@ def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean:
         "mean": None if np.isnan(mean[0]) else float(mean[0]),
         "low": low,
         "high": high,
-        "seeds": len({key.seed for key in cells}),
+        "seeds": len(_seeds(cells)),
     }
     return row if versus is None else row | {"p": None if low is None else _p_value(mean[1:])}
 

@@ -69,8 +69,9 @@ def v_rex(*, beta: float = 1.0) -> Objective:
 
     def terms(seen: Seen) -> Terms:
         loss, mask = seen.loss("primary"), seen.comparisons.mask
-        # As many as there can be: each comparison in one of its own.
-        members = _members(seen.environment(), len(loss), mask)
+        # Each is named by the first comparison of it: there can be as many as comparisons, whatever their numbers.
+        place = jnp.where(mask, seen.environment(), -1)
+        members = _members(jnp.argmax(place[:, None] == place[None], axis=1), len(loss), mask)
         counts = jnp.sum(members, axis=1)
         there = (counts > 0).astype(loss.dtype)
         count = jnp.maximum(jnp.sum(there), 1.0)

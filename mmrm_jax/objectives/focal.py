@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from mmrm_jax.objectives.base import Objective, Seen, Terms, label_probability
+from mmrm_jax.objectives.base import Objective, Seen, Terms, label_probability, surprise
+
+LEAST = 1e-12  # of 1 - p, below which a power of it is taken as flat: that of an exponent below 1 is steep at 0
 
 
 def focal(*, gamma: float = 2.0) -> Objective:
@@ -15,8 +18,8 @@ def focal(*, gamma: float = 2.0) -> Objective:
 
     def terms(seen: Seen) -> Terms:
         loss = seen.loss("primary")
-        p = label_probability(seen.margin("primary"), seen.comparisons)
-        return Terms((1 - p) ** gamma * loss, {"primary": loss})
+        rest = -jnp.expm1(-surprise(seen.margin("primary"), seen.comparisons))  # 1 - p, which rounds to 0
+        return Terms(jnp.maximum(rest, LEAST) ** gamma * loss, {"primary": loss})
 
     return Objective("focal", {"primary": "multimodal"}, "primary", terms)
 

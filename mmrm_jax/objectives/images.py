@@ -122,13 +122,15 @@ def arm(*, weight: float = 1.0) -> Objective:
 
 def _jensen_shannon(a: Array, b: Array) -> Array:
     """Of two coins with logits a and b, in nats."""
-    p, q = jax.nn.sigmoid(a), jax.nn.sigmoid(b)
-    middle = (p + q) / 2
-    return _entropy(middle, 1 - middle) - (_entropy(p, jax.nn.sigmoid(-a)) + _entropy(q, jax.nn.sigmoid(-b))) / 2
+    first, second = ((jax.nn.sigmoid(x), jax.nn.sigmoid(-x)) for x in (a, b))
+    middle = ((p + q) / 2 for p, q in zip(first, second, strict=True))
+    return _entropy(*middle) - (_entropy(*first) + _entropy(*second)) / 2
 
 
 def _entropy(p: Array, rest: Array) -> Array:
-    return jax.scipy.special.entr(p) + jax.scipy.special.entr(rest)
+    """Of a coin, in nats; `rest` is 1 - p, given since that rounds to 0. Its gradient is finite where either is 0."""
+    least = jnp.finfo(p.dtype).tiny
+    return -sum(x * jnp.log(jnp.maximum(x, least)) for x in (p, rest))
 
 
 def _of_another(k: int):

@@ -59,7 +59,11 @@ def shortcut_aware(
     def terms(seen: Seen) -> Terms:
         primary, proxy = seen.loss("primary"), seen.loss("proxy")
         sfc = share(primary, proxy)
-        weight = sfc / jax.lax.stop_gradient(seen.mean(sfc)) if normalise else sfc
+        if normalise:
+            mean = jax.lax.stop_gradient(seen.mean(sfc))
+            weight = sfc / jnp.where(mean > 0, mean, 1.0)  # 0 where no comparison is valid
+        else:
+            weight = sfc
         return Terms(weight * primary + proxy, {"primary": primary, "proxy": proxy}, sfc)
 
     return Objective(

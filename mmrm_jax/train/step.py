@@ -102,13 +102,22 @@ def _numbers(comparisons: Comparisons) -> Int[Array, " C"]:
 
 
 def _learnt(terms: Terms, comparisons: Comparisons, memory: Array | None) -> Array | None:
-    """What a batch adds to the memory of all comparisons: of micro-batches, sums."""
+    """What a batch adds to the memory of all comparisons, and in a last column how often each was seen: sums, which
+    those of micro-batches add up to."""
     if memory is None:
         return None
     assert terms.memory is not None
     where = _numbers(comparisons)
-    new = jnp.where(comparisons.mask[:, None], jax.lax.stop_gradient(terms.memory) - memory[where], 0.0)
-    return jnp.zeros_like(memory).at[where].add(new)
+    there = comparisons.mask[:, None].astype(memory.dtype)
+    new = there * (jax.lax.stop_gradient(terms.memory) - memory[where])
+    return jnp.zeros((len(memory), memory.shape[1] + 1)).at[where].add(jnp.concatenate([new, there], axis=1))
+
+
+def _remembered(memory: Array | None, learnt: Array | None) -> Array | None:
+    """The memory after a batch: of a comparison that it has several times, the mean of what each would leave."""
+    if memory is None or learnt is None:
+        return None
+    return memory + learnt[:, :-1] / jnp.maximum(learnt[:, -1:], 1.0)
 
 
 def response_lengths(responses: Responses) -> Int[Array, "G N"]:
@@ -193,8 +202,7 @@ def make_train_step(
         metrics = {k: s if k.endswith("histogram") else s / jnp.maximum(c, 1.0) for k, (s, c) in sums.items()}
         metrics |= {"comparisons": sums["loss"][1], "decided": sums[f"{objective.scores}/accuracy"][1]}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        memory = None if state.memory is None or learnt is None else state.memory + learnt
-        kept = {"carried": carried, "memory": memory}
+        kept = {"carried": carried, "memory": _remembered(state.memory, learnt)}
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, **kept), metrics
 
     return step

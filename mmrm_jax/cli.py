@@ -404,7 +404,9 @@ def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[
         raise ValueError(f"{path}: {error}{_nearest_field(str(error))}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, cls):
-        raise ValueError(f"{path} must define `config`, a {cls.__name__}; it is {type(config).__name__}")
+        of = {TrainConfig: "train", MatrixConfig: "matrix", AblateConfig: "ablate"}.get(type(config))
+        hint = f": for mmrm {of}" if of else ""
+        raise ValueError(f"{path} must define `config` of {cls.__name__}; it is {type(config).__name__}{hint}")
     return config, argv[1:]
 
 

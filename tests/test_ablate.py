@@ -14,7 +14,7 @@ from commands import FAST, run, write_pairs
 from mmrm_jax.ablate.grid import points, with_field
 from mmrm_jax.ablate.page import write_page
 from mmrm_jax.ablate.statistics import holm
-from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, table_rows, terminal_table
+from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, legend, table_rows, terminal_table
 from mmrm_jax.config import AblateConfig, ShapesConfig
 from mmrm_jax.eval import matrix
 from mmrm_jax.eval.matrix import forward_passes
@@ -30,6 +30,9 @@ def test_every_combination_is_a_point() -> None:
     last = found[-1].config
     assert (last.shapes.label_noise, last.matrix.train.proxy_input, last.matrix.train.steps) == (0.25, "blank", None)
     assert found[0].folder == "label_noise=0.0--proxy_input=absent--steps=None"
+    lists = points(AblateConfig(grid=("matrix.train.freeze=(),vision,vision+projector", "matrix.train.strict=true")))
+    assert [p.config.matrix.train.freeze for p in lists] == [(), ("vision",), ("vision", "projector")]
+    assert [p.name for p in lists] == [f"freeze={parts}, strict=True" for parts in ("()", "vision", "vision+projector")]
     (only,) = points(AblateConfig())
     assert (only.name, only.folder, only.config) == ("", "all", AblateConfig())
     assert with_field(AblateConfig(), "shapes.comparisons", 9).shapes == ShapesConfig(9)
@@ -45,7 +48,9 @@ def test_every_combination_is_a_point() -> None:
         ("matrix.train.seed.x=1", "seed holds no fields"),
         ("matrix.train.proxy_input=white", "must be one of absent, blank"),
         ("matrix.train.steps=many", "steps is 'many', which is no int"),
-        ("matrix.train.strict=1", "strict is '1', which is no bool"),
+        ("matrix.train.strict=1", "strict is '1', which is not true or false"),
+        ("label_noise=0.1", "AblateConfig has no field 'label_noise'; it has matrix, shapes, grid, resamples"),
+        ("label_noise=0.1", "do you mean shapes.label_noise?"),
         ("shapes.label_noise=2", "label_noise is 2.0; it must be from 0 to 1"),
         ("shapes.label_noise=0.1,0.1", "two points of the grid have one name"),
     ],
@@ -92,6 +97,9 @@ def test_one_table_in_four_forms() -> None:
     back = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert float(back[1]["ood_change"]) == pytest.approx(0.1) and back[0]["ood_change"] == ""
     assert float(back[1]["ood_p"]) == 0.01 and float(back[1]["cost"]) == 1.5
+    assert lines[-1] == legend(rows) and "One seed" not in legend(rows) and "other" not in legend(rows)
+    alone = legend([row | {"seeds": 1, "other": 0.5} for row in rows])
+    assert "other: tests of no training environment. One seed: intervals and stars are of these" in alone
     assert terminal_table(rows, "").row_count == 2 and terminal_table(rows, "other").row_count == 0
 
 

@@ -60,7 +60,7 @@ def test_a_configuration_of_the_wrong_kind_or_missing_is_named(capsys, tmp_path)
     file = tmp_path / "c.py"
     file.write_text("config = 3\n")
     status, text = run(capsys, "matrix", file)
-    assert status == 2 and "must define `config`, a MatrixConfig; it is int" in text
+    assert status == 2 and "must define `config` of MatrixConfig; it is int" in text
     status, text = run(capsys, "matrix", tmp_path / "none.py")
     assert status == 2 and "does not exist" in text
 

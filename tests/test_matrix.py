@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +196,34 @@ def test_the_first_process_ends_with_another_that_fails(monkeypatch, tmp_path):
     start = time.monotonic()
     with pytest.raises(ValueError, match="no number"):
         matrix.run_shares(config, None, None, SHARES, Console(quiet=True))  # type: ignore[arg-type]
+    assert time.monotonic() - start < 20
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from mmrm_jax.eval.matrix import end_with_parent
+
+def work():
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    time.sleep(60)
+"""
+
+
+def test_another_process_ends_with_the_first_that_is_killed(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        other = int(first.stdout.readline())
+        os.kill(other, 0)  # it is there
+        first.kill()
+        start = time.monotonic()
+        first.stdout.read()  # the pipe ends when the last process that could write to it has ended
     assert time.monotonic() - start < 20
 
 

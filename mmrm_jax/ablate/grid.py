@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import itertools
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def _value(config: Any, path: str, text: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1) or names
-        raise ValueError(f"grid: {type(config).__name__} has no field {name!r}; it has {', '.join(close)}")
+        raise ValueError(
+            f"grid: {type(config).__name__} has no field {name!r}; it has {', '.join(close)}{_elsewhere(config, path)}"
+        )
     if dot or dataclasses.is_dataclass(getattr(config, name)):
         if not dot or not dataclasses.is_dataclass(getattr(config, name)):
             raise ValueError(f"grid: {name} {'holds no fields' if dot else 'is no single value: name a field of it'}")
@@ -74,7 +77,23 @@ def _value(config: Any, path: str, text: str) -> Any:
     return _read(typing.get_type_hints(type(config))[name], text, name)
 
 
+def _elsewhere(config: Any, name: str) -> str:
+    """Where below there is a field of that name, as a hint."""
+
+    def paths(config: Any, before: str) -> Iterator[str]:
+        for field in dataclasses.fields(config):
+            value, path = getattr(config, field.name), before + field.name
+            if field.name == name:
+                yield path
+            if dataclasses.is_dataclass(value):
+                yield from paths(value, path + ".")
+
+    found = list(paths(config, ""))
+    return f"; do you mean {' or '.join(found)}?" if found else ""
+
+
 def _read(kind: Any, text: str, name: str) -> Any:
+    """A value of type `kind`; the items of a tuple are joined by plus signs, and () is none of them."""
     kinds = set(typing.get_args(kind)) or {kind}
     if type(None) in kinds:
         if text == "None":
@@ -82,12 +101,16 @@ def _read(kind: Any, text: str, name: str) -> Any:
         others = [other for other in typing.get_args(kind) if other is not type(None)]
         if len(others) == 1:
             return _read(others[0], text, name)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], item, name) for item in text.split("+")) if text != "()" else ()
     if Path in kinds:
         return Path(text)
     if str in kinds or typing.get_origin(kind) is typing.Literal:
         if typing.get_origin(kind) is typing.Literal and text not in typing.get_args(kind):
             raise ValueError(f"grid: {name} is {text!r}; it must be one of {', '.join(typing.get_args(kind))}")
         return text
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -96,10 +119,12 @@ def _read(kind: Any, text: str, name: str) -> Any:
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is None or type(value) is not wanted:
-        called = getattr(wanted, "__name__", str(kind))
-        raise ValueError(f"grid: {name} is {text!r}, which is no {called}")
+        called = "true or false" if wanted is bool else f"no {getattr(wanted, '__name__', str(kind))}"
+        raise ValueError(f"grid: {name} is {text!r}, which is {'not ' * (wanted is bool)}{called}")
     return value
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value)) or "()"
     return value.name if isinstance(value, Path) else str(value)

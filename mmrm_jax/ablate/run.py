@@ -15,12 +15,15 @@ import mmrm_jax
 from mmrm_jax.ablate.grid import Point, points
 from mmrm_jax.ablate.page import write_page
 from mmrm_jax.ablate.statistics import cost_rows, outcomes, summary_rows
-from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, table_rows, terminal_table
+from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, legend, table_rows, terminal_table
 from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, to_json
 from mmrm_jax.data.shapes import WorldRates
 from mmrm_jax.eval.matrix import check_matrix, run_matrix
 from mmrm_jax.eval.publish import publish, versions
 from mmrm_jax.eval.quickstart import with_shapes_world
+from mmrm_jax.eval.summary import BASELINE
+
+WIDE = 120  # columns
 
 
 def run_ablation(config: AblateConfig, console: Console, command: str) -> dict[str, Any]:
@@ -32,6 +35,9 @@ def run_ablation(config: AblateConfig, console: Console, command: str) -> dict[s
     grid = points(config)
     for point in grid:
         check_matrix(point.config.matrix)
+    if BASELINE not in config.matrix.objectives:
+        note = f"{BASELINE} is not among the objectives: there will be levels, and no differences from it"
+        console.print(note, style="yellow")
     out = config.matrix.out
     matrices = []
     for number, point in enumerate(grid, 1):
@@ -59,8 +65,11 @@ def run_ablation(config: AblateConfig, console: Console, command: str) -> dict[s
     _write(out / "table.tex", as_latex(rows, title))
     _write(out / "table.csv", as_csv(rows))
     write_page(out / "report.html", title, command, facts, rows, {p.name: f"{p.folder}/report.html" for p in grid})
+    # A log has no width that a table would have to keep to.
+    wide = console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=WIDE)
     for point in grid:
-        console.print(terminal_table(rows, point.name))
+        wide.print(terminal_table(rows, point.name))
+    console.print(legend(rows))
     console.print(f"tables: {out}/table.md, .tex, .csv; report: {out}/report.html", soft_wrap=True)
     return result
 

@@ -100,26 +100,38 @@ def time(row: Row) -> str:
     return "–" if row["cost"] is None else f"{row['cost']:.2f}×"
 
 
+def legend(rows: Sequence[Row]) -> str:
+    """What a reader of the table has to know."""
+    text = (
+        "In %; differences from standard training in points, with 95 % intervals; * where Holm's p < .05 "
+        "(text_only, the shortcut itself, is not tested); † worse than chance i.i.d."
+    )
+    if any(row["other"] is not None for row in rows):
+        text += "; other: tests of no training environment"
+    if max((row["seeds"] for row in rows), default=0) == 1:
+        text += ". One seed: intervals and stars are of these trained models, not of others"
+    return text + "."
+
+
 def terminal_table(rows: Sequence[Row], setting: str) -> Table:
     """The rows of one setting for a terminal, without intervals."""
-    note = "In %; differences from standard training in points, * where Holm's p < .05; † worse than chance i.i.d."
-    table = Table(
-        title=Text(f"{setting}: {note}" if setting else note), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    table = Table(title=Text(setting) if setting else None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("objective", overflow="fold", min_width=22)
     measures = shown_changes(rows)
-    for heading in (*("i.i.d.", "o.o.d.", "SFD"), *(f"Δ {HEADINGS[m]}" for m in measures), "time"):
+    shown = [m for m in LEVELS if any(row[m] is not None for row in rows)]
+    for heading in (*(HEADINGS[m] for m in shown), *(f"Δ {HEADINGS[m]}" for m in measures), "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in (row for row in rows if row["setting"] == setting):
-        levels = (percent(row[m]) for m in ("iid", "ood", "sfd"))
+        levels = (percent(row[m]) for m in shown)
         table.add_row(Text(label(row)), *levels, *(change(row, m) for m in measures), time(row))
     return table
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A table of GitHub's Markdown."""
+    """A table of GitHub's Markdown, and its legend."""
     lines = [headings(rows), ["---", *["---:"] * (len(headings(rows)) - 1)], *(cells(row, rows) for row in rows)]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    table = "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    return f"{table}\n{legend(rows)}\n"
 
 
 _LATEX = {
@@ -132,6 +144,7 @@ _LATEX = {
     "−": "$-$",
     "×": r"$\times$",
     "–": "--",
+    "<": "$<$",
 }
 
 
@@ -143,12 +156,11 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
 
     columns = "l" + "r" * (len(headings(rows)) - 1)
     body = line(headings(rows)) + "\\midrule\n" + "".join(line(cells(row, rows)) for row in rows)
-    note = "In \\%; differences in points with 95\\,\\% intervals, * where Holm's $p < .05$; "
-    note += "$\\dagger$ worse than chance i.i.d."
+    caption, note = ("".join(_LATEX.get(c, c) for c in text) for text in (caption, legend(rows)))
     return (
         "\\begin{table}\n\\centering\n"
         f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\\bottomrule\n\\end{{tabular}}\n"
-        f"\\caption{{{''.join(_LATEX.get(c, c) for c in caption)}. {note}}}\n\\end{{table}}\n"
+        f"\\caption{{{caption}. {note}}}\n\\end{{table}}\n"
     )
 
 

@@ -6,10 +6,13 @@ import dataclasses
 import functools
 import gc
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +48,8 @@ PATHS = ("model", "image_root")  # settings of a matrix that are a run's too
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
 TEXT_MODELS = ("text_only", "shortcut_aware")  # objectives that train one, the first of them that is there
 PROGRAMS = 8  # that stay compiled
-# Settings that a finished cell does not depend on.
-FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
+# Settings that a finished cell does not depend on; of where data lie, their fingerprints tell what they are.
+FREE = ("title", "seeds", "jobs", "out", "root", "environments", *(f"train.{name}" for name in RESUMABLE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,11 +224,24 @@ def run_shares(
 
 
 def run_share(config: MatrixConfig, cells: Sequence[Cell]) -> None:
-    """What a process beside the first does: load the data itself and run its cells, silently."""
+    """What a process beside the first does: load the data itself and run its cells, silently, while that one lives."""
+    end_with_parent()
     console = Console(quiet=True)
     checkpoint = open_checkpoint(config.model or MODEL_DIR, config.train.data)
     data = load_data(config, open_data(config), checkpoint, console)
     run_cells(config, checkpoint, data, cells, console)
+
+
+def end_with_parent() -> None:
+    """End this process at once where its parent is killed: nobody would wait for it, or know that it writes."""
+    parent = parent_process()
+    assert parent is not None, "only a process that another started has a parent"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_cells(

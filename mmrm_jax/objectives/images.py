@@ -130,7 +130,7 @@ def _jensen_shannon(a: Array, b: Array) -> Array:
 def _entropy(p: Array, rest: Array) -> Array:
     """Of a coin, in nats; `rest` is 1 - p, given since that rounds to 0. Its gradient is finite where either is 0."""
     least = jnp.finfo(p.dtype).tiny
-    return -sum(x * jnp.log(jnp.maximum(x, least)) for x in (p, rest))
+    return -(p * jnp.log(jnp.maximum(p, least)) + rest * jnp.log(jnp.maximum(rest, least)))
 
 
 def _of_another(k: int):

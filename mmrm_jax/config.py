@@ -385,7 +385,8 @@ class AblateConfig:
             its `out`; what is finished there is not run again.
         shapes: The world to render where `matrix` names no environments.
         grid: FIELD=VALUE,VALUE,... for each axis, a field of this configuration by its path: shapes.label_noise=0,0.1
-            or matrix.train.proxy_input=absent,blank. Without one there is a single point.
+            or matrix.train.proxy_input=absent,blank. Items of a list are joined by a plus, and () is an empty one:
+            matrix.train.freeze=(),vision,vision+projector. Without an axis there is a single point.
         resamples: Of the bootstrap. The smallest p-value is 2 / (resamples + 1), before Holm's correction.
     """
 

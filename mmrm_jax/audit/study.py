@@ -55,10 +55,10 @@ def study(
 ) -> Study:
     """Baselines on held-out comparisons, the share that text explains, and styles.
 
-    What is drawn depends on the environment alone, not on which others are audited beside it; these have a part in the
-    words' IDF only.
+    What is drawn depends neither on an environment's name nor on which others are audited beside it; these have a part
+    in the words' IDF only.
     """
-    rng = named_rng("audit", pairs.name)
+    rng = named_rng("audit")
     found = occurrences(pairs)
     by_text = found["repeated"] >= REPEATED
     more = styles[pairs.chosen] - styles[pairs.rejected]

@@ -22,7 +22,10 @@ config = AblateConfig(
         environments=tuple(
             dataclasses.replace(e, train=None if e.name == "neutral" else e.train) for e in grocery.environments
         ),
-        objectives=("text_only", "standard", "shortcut_aware", "image_contrast"),
+        objectives=(
+            *("text_only", "standard", "shortcut_aware", "image_contrast", "product_of_experts"),
+            *("group_dro", "dual_sfc", "jtt", "dfr"),
+        ),
         seeds=3,
         train=dataclasses.replace(grocery.train, steps=240),
     ),

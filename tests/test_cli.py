@@ -226,7 +226,7 @@ def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
     status, text = run(capsys, "matrix", "--jobs", 0)
     assert status == 2 and "MatrixConfig.jobs is 0" in text
     status, text = run(capsys, "quickstart", "--objectives", "standrd", "--out", tmp_path / "o")
-    assert status == 2 and "'standrd' is not known; known: standard" in text and not (tmp_path / "o").exists()
+    assert status == 2 and "'standrd' is not known; do you mean standard?" in text and not (tmp_path / "o").exists()
 
 
 def test_changed_data_are_refused(capsys, tmp_path):

@@ -104,7 +104,7 @@ def test_settings_that_make_no_matrix(settings, message):
 
 
 def test_unknown_objectives_and_shared_accelerators_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="'x' is not known; known: standard"):
+    with pytest.raises(ValueError, match="'x' is not known; known: arm, caption_only"):
         check_matrix(MatrixConfig(objectives=("standard", "x")))
     check_matrix(MatrixConfig(objectives=tuple(OBJECTIVES), jobs=2))
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")

@@ -291,8 +291,8 @@ def test_names_with_options() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("standrd", "objective 'standrd' is not known; known: standard, text_only"),
-        ("standard+x", "modifier 'x' is not known; known: margin"),
+        ("standrd", "objective 'standrd' is not known; do you mean standard? known: arm, caption_only"),
+        ("standard+x", "modifier 'x' is not known; known: centring, length_residual, margin"),
         ("focal:beta=1", "focal has no option 'beta'; its options and their defaults: gamma=2.0"),
         ("standard:a=1", "its options and their defaults: none"),
         ("focal:gamma=high", "focal:gamma is 'high'; it must be a finite number"),

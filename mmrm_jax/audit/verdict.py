@@ -130,7 +130,9 @@ def _styles(result: Mapping[str, Any]) -> list[str]:
         f"{row['style']} {percent(row['agreement'])} % ({between(row['low'], row['high'], percent)}; n = {row['n']})"
         for row in marked[:3]
     ]
-    return [f"Where the two differ in style, how often the one with more of it wins: {', '.join(told)}."] if told else []
+    return (
+        [f"Where the two differ in style, how often the one with more of it wins: {', '.join(told)}."] if told else []
+    )
 
 
 def _words(result: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -32,7 +33,9 @@ def parse_objective(
 def _options(part: str, kind: str, known: Mapping[str, Callable[..., Objective]]) -> tuple[str, dict[str, Any]]:
     name, colon, given = part.partition(":")
     if name not in known:
-        raise ValueError(f"{kind} {name!r} is not known; known: {', '.join(known)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"do you mean {close[0]}? " if close else ""
+        raise ValueError(f"{kind} {name!r} is not known; {hint}known: {', '.join(sorted(known))}")
     allowed = {o: p.default for o, p in inspect.signature(known[name]).parameters.items() if p.kind is p.KEYWORD_ONLY}
     options = {}
     for each in given.split(",") if colon else ():

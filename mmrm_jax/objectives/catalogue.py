@@ -1,0 +1,31 @@
+"""Every objective is a line here, and is called what its function is called."""
+
+from mmrm_jax.objectives.bottleneck import cib as cib
+from mmrm_jax.objectives.bottleneck import inform as inform
+from mmrm_jax.objectives.dro import group_dro as group_dro
+from mmrm_jax.objectives.dro import v_rex as v_rex
+from mmrm_jax.objectives.experts import learned_mixin as learned_mixin
+from mmrm_jax.objectives.experts import lff as lff
+from mmrm_jax.objectives.experts import product_of_experts as product_of_experts
+from mmrm_jax.objectives.experts import rubi as rubi
+from mmrm_jax.objectives.focal import debiased_focal as debiased_focal
+from mmrm_jax.objectives.focal import focal as focal
+from mmrm_jax.objectives.heads import odin as odin
+from mmrm_jax.objectives.images import arm as arm
+from mmrm_jax.objectives.images import image_contrast as image_contrast
+from mmrm_jax.objectives.images import mcr as mcr
+from mmrm_jax.objectives.images import modality_dropout as modality_dropout
+from mmrm_jax.objectives.images import self_ablation as self_ablation
+from mmrm_jax.objectives.listwise import listwise as listwise
+from mmrm_jax.objectives.shortcut import dual_sfc as dual_sfc
+from mmrm_jax.objectives.shortcut import shortcut_aware as shortcut_aware
+from mmrm_jax.objectives.single import caption_only as caption_only
+from mmrm_jax.objectives.single import image_only as image_only
+from mmrm_jax.objectives.single import standard as standard
+from mmrm_jax.objectives.single import text_only as text_only
+from mmrm_jax.objectives.stages import confidence_reg as confidence_reg
+from mmrm_jax.objectives.stages import dfr as dfr
+from mmrm_jax.objectives.stages import frozen_proxy as frozen_proxy
+from mmrm_jax.objectives.stages import jtt as jtt
+from mmrm_jax.objectives.stages import mmlora as mmlora
+from mmrm_jax.objectives.stages import text_filtered as text_filtered

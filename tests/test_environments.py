@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -124,3 +125,5 @@ def test_an_environment_left_out_is_tested_on_alone() -> None:
         Environment("hedged", train=None, test="hedged:test"),
         Environment("neutral", train=None, test="neutral:test"),
     )
+    some = tuple(dataclasses.replace(e, validation="v" if e.name == "long" else None) for e in environments)
+    assert leave_out(MatrixConfig(environments=some), "hedged").environments[0].validation is None  # not of long alone

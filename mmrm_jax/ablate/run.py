@@ -93,7 +93,7 @@ def leave_out(config: MatrixConfig, name: str) -> MatrixConfig:
         "+".join(e.name for e in rest),
         train="+".join(e.train for e in rest if e.train is not None),
         test="+".join(e.test for e in rest),
-        validation="+".join(e.validation or "" for e in rest) if rest[0].validation else None,
+        validation="+".join(e.validation or "" for e in rest) if all(e.validation for e in rest) else None,
     )
     tests = [dataclasses.replace(e, train=None) for e in config.environments if e not in rest]
     return dataclasses.replace(config, environments=(together, *tests))

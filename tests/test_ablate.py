@@ -48,9 +48,10 @@ def test_every_combination_is_a_point() -> None:
         ("matrix.train.seed.x=1", "seed holds no fields"),
         ("matrix.train.proxy_input=white", "must be one of absent, blank"),
         ("matrix.train.steps=many", "steps is 'many', which is no int"),
-        ("matrix.train.strict=1", "strict is '1', which is not true or false"),
+        ("matrix.train.strict=1", "strict is '1', which is neither true nor false"),
         ("label_noise=0.1", "AblateConfig has no field 'label_noise'; it has matrix, shapes, grid, resamples"),
         ("label_noise=0.1", "do you mean shapes.label_noise?"),
+        ("matrix.batch_size=8", "do you mean matrix.train.batch_size?"),
         ("shapes.label_noise=2", "label_noise is 2.0; it must be from 0 to 1"),
         ("shapes.label_noise=0.1,0.1", "two points of the grid have one name"),
     ],
@@ -100,6 +101,7 @@ def test_one_table_in_four_forms() -> None:
     assert lines[-1] == legend(rows) and "One seed" not in legend(rows) and "other" not in legend(rows)
     alone = legend([row | {"seeds": 1, "other": 0.5} for row in rows])
     assert "other: tests of no training environment. One seed: intervals and stars are of these" in alone
+    assert "intervals" not in legend(rows, intervals=False)
     assert terminal_table(rows, "").row_count == 2 and terminal_table(rows, "other").row_count == 0
 
 

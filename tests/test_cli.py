@@ -61,6 +61,9 @@ def test_a_configuration_of_the_wrong_kind_or_missing_is_named(capsys, tmp_path)
     file.write_text("config = 3\n")
     status, text = run(capsys, "matrix", file)
     assert status == 2 and "must define `config` of MatrixConfig; it is int" in text
+    file.write_text("from mmrm_jax.config import AblateConfig\nconfig = AblateConfig()\n")
+    status, text = run(capsys, "matrix", file)
+    assert status == 2 and "it is AblateConfig: for mmrm ablate" in text
     status, text = run(capsys, "matrix", tmp_path / "none.py")
     assert status == 2 and "does not exist" in text
 

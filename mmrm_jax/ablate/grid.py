@@ -61,23 +61,22 @@ def with_field(config: Any, path: str, value: Any) -> Any:
     return dataclasses.replace(config, **{name: with_field(getattr(config, name), rest, value) if dot else value})
 
 
-def _value(config: Any, path: str, text: str) -> Any:
-    """`text` as a value of the field at `path`, which has to be there."""
+def _value(config: Any, path: str, text: str, above: str = "") -> Any:
+    """`text` as a value of the field at `path`, which has to be there; `above` is the path of `config` itself."""
     name, dot, rest = path.partition(".")
     names = [f.name for f in dataclasses.fields(config)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1) or names
-        raise ValueError(
-            f"grid: {type(config).__name__} has no field {name!r}; it has {', '.join(close)}{_elsewhere(config, path)}"
-        )
+        hint = _elsewhere(config, path, above)
+        raise ValueError(f"grid: {type(config).__name__} has no field {name!r}; it has {', '.join(close)}{hint}")
     if dot or dataclasses.is_dataclass(getattr(config, name)):
         if not dot or not dataclasses.is_dataclass(getattr(config, name)):
             raise ValueError(f"grid: {name} {'holds no fields' if dot else 'is no single value: name a field of it'}")
-        return _value(getattr(config, name), rest, text)
+        return _value(getattr(config, name), rest, text, f"{above}{name}.")
     return _read(typing.get_type_hints(type(config))[name], text, name)
 
 
-def _elsewhere(config: Any, name: str) -> str:
+def _elsewhere(config: Any, name: str, above: str) -> str:
     """Where below there is a field of that name, as a hint."""
 
     def paths(config: Any, before: str) -> Iterator[str]:
@@ -88,7 +87,7 @@ def _elsewhere(config: Any, name: str) -> str:
             if dataclasses.is_dataclass(value):
                 yield from paths(value, path + ".")
 
-    found = list(paths(config, ""))
+    found = list(paths(config, above))
     return f"; do you mean {' or '.join(found)}?" if found else ""
 
 
@@ -119,8 +118,8 @@ def _read(kind: Any, text: str, name: str) -> Any:
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is None or type(value) is not wanted:
-        called = "true or false" if wanted is bool else f"no {getattr(wanted, '__name__', str(kind))}"
-        raise ValueError(f"grid: {name} is {text!r}, which is {'not ' * (wanted is bool)}{called}")
+        called = "neither true nor false" if wanted is bool else f"no {getattr(wanted, '__name__', str(kind))}"
+        raise ValueError(f"grid: {name} is {text!r}, which is {called}")
     return value
 
 

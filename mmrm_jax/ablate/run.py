@@ -69,7 +69,7 @@ def run_ablation(config: AblateConfig, console: Console, command: str) -> dict[s
     wide = console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=WIDE)
     for point in grid:
         wide.print(terminal_table(rows, point.name))
-    console.print(legend(rows))
+    console.print(legend(rows, intervals=False))
     console.print(f"tables: {out}/table.md, .tex, .csv; report: {out}/report.html", soft_wrap=True)
     return result
 

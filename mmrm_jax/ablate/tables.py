@@ -100,16 +100,17 @@ def time(row: Row) -> str:
     return "–" if row["cost"] is None else f"{row['cost']:.2f}×"
 
 
-def legend(rows: Sequence[Row]) -> str:
-    """What a reader of the table has to know."""
+def legend(rows: Sequence[Row], *, intervals: bool = True) -> str:
+    """What a reader of the table has to know; in a terminal it has no intervals."""
     text = (
-        "In %; differences from standard training in points, with 95 % intervals; * where Holm's p < .05 "
-        "(text_only, the shortcut itself, is not tested); † worse than chance i.i.d."
+        f"In %; differences from standard training in points{', with 95 % intervals' if intervals else ''}; "
+        "* where Holm's p < .05 (text_only, the shortcut itself, is not tested); † worse than chance i.i.d."
     )
     if any(row["other"] is not None for row in rows):
         text += "; other: tests of no training environment"
     if max((row["seeds"] for row in rows), default=0) == 1:
-        text += ". One seed: intervals and stars are of these trained models, not of others"
+        of = "intervals and stars" if intervals else "stars"
+        text += f". One seed: {of} are of these trained models, not of others"
     return text + "."
 
 

@@ -48,8 +48,8 @@ PATHS = ("model", "image_root")  # settings of a matrix that are a run's too
 PROXY = "proxy"  # the branch of shortcut-aware training that is a text-only model
 TEXT_MODELS = ("text_only", "shortcut_aware")  # objectives that train one, the first of them that is there
 PROGRAMS = 8  # that stay compiled
-# Settings that a finished cell does not depend on; of where data lie, their fingerprints tell what they are.
-FREE = ("title", "seeds", "jobs", "out", "root", "environments", *(f"train.{name}" for name in RESUMABLE))
+# Settings that a finished cell does not depend on.
+FREE = ("title", "seeds", "jobs", "out", *(f"train.{name}" for name in RESUMABLE))
 
 
 @dataclasses.dataclass(frozen=True)

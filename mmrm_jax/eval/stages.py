@@ -65,7 +65,7 @@ def run_before(
     settings = dataclasses.replace(config, objective=before.objective, steps=first, eval_every=None, keep_best=0)
     program = build(settings, first, data.comparisons)
     clusters = image_clusters(data)
-    images = clusters.max(initial=-1) + 1
+    images = clusters.max() + 1
     if images < before.folds:
         raise ValueError(f"{config.objective} takes {before.folds} parts of the images, and the data have {images}")
     fold = np.random.default_rng(config.seed).permutation(images)[clusters] % before.folds

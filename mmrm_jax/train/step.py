@@ -108,9 +108,10 @@ def _learnt(terms: Terms, comparisons: Comparisons, memory: Array | None) -> Arr
         return None
     assert terms.memory is not None
     where = _numbers(comparisons)
-    there = comparisons.mask[:, None].astype(memory.dtype)
-    new = there * (jax.lax.stop_gradient(terms.memory) - memory[where])
-    return jnp.zeros((len(memory), memory.shape[1] + 1)).at[where].add(jnp.concatenate([new, there], axis=1))
+    there = comparisons.mask[:, None]
+    new = jnp.where(there, jax.lax.stop_gradient(terms.memory) - memory[where], 0.0)
+    seen = jnp.concatenate([new, there.astype(memory.dtype)], axis=1)
+    return jnp.zeros((len(memory), seen.shape[1])).at[where].add(seen)
 
 
 def _remembered(memory: Array | None, learnt: Array | None) -> Array | None:

@@ -17,12 +17,11 @@ from mmrm_jax.config import DecoderConfig, MeshConfig, ModelConfig, TrainConfig,
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import fit_buckets
 from mmrm_jax.data.text import Conversation
-from mmrm_jax.eval.score import VIEWS
-from mmrm_jax.eval.scorer import make_score_step
+from mmrm_jax.eval.scorer import VIEWS, make_score_step
 from mmrm_jax.models.hf.config import config_to_native, read_config
 from mmrm_jax.models.hf.weights import load_params, save_params
 from mmrm_jax.sharding import make_mesh, put_batch
-from mmrm_jax.train.compiling import compiler_memory_released
+from mmrm_jax.train.compiling import compiler_memory_released, release_freed_memory
 from mmrm_jax.train.program import build_program
 from mmrm_jax.train.state import abstract_model, init_params, place_abstract
 from mmrm_jax.types import NUMBER, Batch, Comparison
@@ -84,11 +83,14 @@ class Training:
     """The train step of a configuration, from a host batch to updated parameters."""
 
     def __init__(self, folder: Path, examples: Sequence[Example], train: TrainConfig):
-        config, params = load_model(folder)
+        config = read_config(folder)
         self.program = build_program(config, train, 1000, comparisons=sum(len(e.comparisons) for e in examples))
         given = [NUMBER] if self.program.objective.remembers else []
         self.batch = collated(examples, self.program.views, config, given)
-        self.state = self.program.init(params, train)
+        with compiler_memory_released():  # as every command does
+            self.program.lower_train_step(self.program.abstract, self.program.put(self.batch)).compile()
+        self.state = self.program.init(load_model(folder)[1], train)
+        release_freed_memory()
 
     def rewards(self) -> dict[str, np.ndarray]:
         batch = self.program.put(jax.tree.map(lambda x: x[0], self.batch), micro=False)
@@ -96,8 +98,7 @@ class Training:
         return {branch: _by_response(out[f"{branch}/rewards"], batch) for branch in self.program.views}
 
     def step(self) -> dict[str, Any]:
-        with compiler_memory_released():  # as every command does
-            self.state, metrics = self.program.train_step(self.state, self.program.put(self.batch))
+        self.state, metrics = self.program.train_step(self.state, self.program.put(self.batch))
         jax.block_until_ready(self.state)
         return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 

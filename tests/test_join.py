@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,14 +11,16 @@ from PIL import Image
 from rich.console import Console
 from tiny_models import flat, relative_errors
 
-from mmrm_jax.config import DataConfig, TrainConfig
+from mmrm_jax.config import DataConfig, MeshConfig, TrainConfig
 from mmrm_jax.data.join import join_groups, join_rows
 from mmrm_jax.data.pipeline import MakeBatch, buckets_for, index_source
 from mmrm_jax.data.records import read_quarantine
 from mmrm_jax.data.sources import open_source
+from mmrm_jax.sharding import make_mesh
 from mmrm_jax.tiny import MODEL_DIR
+from mmrm_jax.train.compiling import compilations_heard
 from mmrm_jax.train.program import build_program
-from mmrm_jax.train.setup import encode, initial_params, open_checkpoint
+from mmrm_jax.train.setup import compile_ahead, encode, initial_params, open_checkpoint, training_batches
 from mmrm_jax.types import Comparison, Group
 
 VIEWS = {"primary": "multimodal", "proxy": "absent"}
@@ -113,6 +116,25 @@ def test_a_row_that_does_not_fit_is_left_out_alone(rows, checkpoint):
     )
     assert [entry.row for entry in quarantined] == [3]
     assert data.group(0).id == "0, 3, 5"
+
+
+@pytest.mark.parametrize("batch_size, devices", [(2, 1), (8, 8)])
+def test_a_step_that_was_compiled_ahead_is_not_compiled_again(rows, checkpoint, batch_size, devices):
+    config = TrainConfig(batch_size=batch_size, data=DataConfig(buckets=2))
+    mesh = make_mesh(MeshConfig(devices), jax.devices()[:devices])
+    program = build_program(checkpoint.config, config, 10, mesh)
+    data, _ = index_source(rows, checkpoint.processor, VIEWS, cache=True)
+    buckets = buckets_for([data], config.data.buckets)
+    with compilations_heard((ahead := []).append):
+        compile_ahead(program, data, buckets, config, 10)
+    state = program.init(initial_params(checkpoint, 0, program.mesh)[0], config)
+    stream = training_batches(data, buckets, config, 10, program.mesh, start=0, quarantine=Path("unused"))
+    batches = [program.put(batch) for batch in stream]
+    assert len({tuple(x.shape for x in jax.tree.leaves(batch)) for batch in batches}) == 2
+    with compilations_heard((again := []).append):
+        for batch in batches:
+            state, _ = program.train_step(state, batch)
+    assert (len(ahead), len(again)) == (2, 0)
 
 
 def test_the_loss_and_gradients_are_those_of_the_rows(rows, checkpoint):

@@ -19,8 +19,8 @@ from mmrm_jax.config import MeshConfig
 from mmrm_jax.data.pipeline import buckets_for, index_source
 from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import MemorySource, connected, image_identities
-from mmrm_jax.eval.score import VIEWS, Scored, score_source
-from mmrm_jax.eval.scorer import Scorer, open_scorer, with_proxy
+from mmrm_jax.eval.score import Scored, score_source
+from mmrm_jax.eval.scorer import VIEWS, Scorer, open_scorer, with_proxy
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.sharding import make_mesh, whole_batch
 from mmrm_jax.train.setup import open_spec

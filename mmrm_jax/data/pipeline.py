@@ -212,6 +212,12 @@ class BatchPlan:
         batch = self._batches[index]
         return batch if self.positions is None else self.positions[batch]
 
+    def of_each_size(self) -> list[np.ndarray]:
+        """The positions of one batch for every set of buckets that a batch has groups of, in the order of steps."""
+        rows = np.asarray(self.buckets)[self._batches]
+        held = np.stack([np.any(rows == bucket, axis=1) for bucket in np.unique(rows)], axis=1)
+        return [self[i] for i in sorted(np.unique(held, axis=0, return_index=True)[1])]
+
     @functools.cached_property
     def _batches(self) -> np.ndarray:
         """[steps, batch_size] positions, int32."""
@@ -295,7 +301,11 @@ class MakeBatch:
 
         return self._collate(positions, encode)
 
-    def _collate(self, positions: np.ndarray, encode: Callable[[int], EncodedGroup | Quarantined]) -> Batch:
+    def padding(self, positions: np.ndarray) -> Batch:
+        """A batch of the size of that of the groups at `positions`, without them: what a step is compiled for."""
+        return self._collate(positions, lambda position: None)
+
+    def _collate(self, positions: np.ndarray, encode: Callable[[int], EncodedGroup | Quarantined | None]) -> Batch:
         encoded = [(int(p), encode(int(p))) for p in positions[self.share :: self.shares]]
         groups = [e for _, e in encoded if isinstance(e, EncodedGroup)]
         bad = [entry for p, e in encoded if isinstance(e, Quarantined) for entry in self.data.each_row(p, e)]

@@ -37,6 +37,7 @@ from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,
+    compile_ahead,
     describe_data,
     open_checkpoint,
     training_batches,
@@ -316,6 +317,7 @@ def run_cell(
         show=lambda name, first: show(f"{cell.name}, {name}", first),
     )
     if state is None:
+        compile_ahead(program, left.data, data.buckets, config, steps)
         state = program.init(first_params(checkpoint, config.seed, program, left)[0], config)
     stream = training_batches(
         left.data, data.buckets, config, steps, program.mesh, start=int(state.step), quarantine=quarantine

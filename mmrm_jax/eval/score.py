@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mmrm_jax.config import BranchInput, MeshConfig
+from mmrm_jax.config import MeshConfig
 from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import Buckets
 from mmrm_jax.data.pipeline import EncodedSource, ListPlan, batches, buckets_for, index_source
@@ -25,13 +25,12 @@ from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.data.sources import GroupSource, MemorySource, fingerprint
 from mmrm_jax.distributed import barrier, is_main
 from mmrm_jax.eval.score_parts import Parts, as_json
-from mmrm_jax.eval.scorer import Scorer, open_scorer
+from mmrm_jax.eval.scorer import VIEWS, Scorer, open_scorer
 from mmrm_jax.sharding import make_mesh, whole_batch
 from mmrm_jax.train.setup import describe_data, model_fingerprint, open_spec
 from mmrm_jax.types import Batch, Group, Quarantined
 
 BATCHES = 16  # of a part
-VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,7 @@ Request: TypeAlias = tuple[Pictures, str, Sequence[str]] | tuple[Pictures, str, 
 Rewards: TypeAlias = Float[np.ndarray, " N"]
 Read: TypeAlias = Float[np.ndarray, "2 layers P J E"]  # keys and values of a prefix
 
+VIEWS: dict[str, BranchInput] = {"primary": "multimodal"}  # what the model that scores sees
 PROXY_INPUT = "proxy_input"  # in config.json: what the proxy beside a model was trained to see
 
 

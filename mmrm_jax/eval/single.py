@@ -37,6 +37,7 @@ from mmrm_jax.train.program import Program, build_program
 from mmrm_jax.train.progress import make_progress, task
 from mmrm_jax.train.setup import (
     Checkpoint,
+    compile_ahead,
     describe_data,
     encode,
     merged_views,
@@ -155,6 +156,9 @@ def train_run(
             go_on=go_on,
             stop=stop,
         )
+    if state is None and not profile:  # a profile counts what is compiled in its steps
+        with console.status("compiling the train step"):
+            compile_ahead(program, left.data, run.buckets, config, steps)
     state = _first_state(run, program, config, state, left, console)
     stream = training_batches(
         left.data, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable

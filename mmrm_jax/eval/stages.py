@@ -19,7 +19,7 @@ from mmrm_jax.models.lora import fold_adapters
 from mmrm_jax.objectives import Before
 from mmrm_jax.train.loop import Report, resume, train
 from mmrm_jax.train.program import Program
-from mmrm_jax.train.setup import Checkpoint, initial_params, training_batches
+from mmrm_jax.train.setup import Checkpoint, compile_ahead, initial_params, training_batches
 from mmrm_jax.train.state import merge_branch
 
 # (settings, steps, comparisons of its data) -> the program of a run
@@ -77,7 +77,9 @@ def run_before(
             place = folder / "before" / str(k)
             place.mkdir(parents=True, exist_ok=True)
             state = resume(program, place) if go_on else None
+            only = None if whole else np.flatnonzero(fold != k)
             if state is None:
+                compile_ahead(program, data, buckets, settings, first, only)
                 state = program.init(initial_params(checkpoint, settings.seed, program.mesh)[0], settings)
             stream = training_batches(
                 data,
@@ -87,7 +89,7 @@ def run_before(
                 program.mesh,
                 start=int(state.step),
                 quarantine=quarantine,
-                only=None if whole else np.flatnonzero(fold != k),
+                only=only,
             )
             result = train(
                 program,

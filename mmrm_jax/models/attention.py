@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mmrm_jax.models.blocked import LONG, blocked_attention
+from mmrm_jax.models.blocked import LONG, MOST, blocked_attention
 from mmrm_jax.sharding import on_each_device, on_one_cpu
 
 Kernel: TypeAlias = Literal["xla", "cudnn", "splash"]
@@ -77,8 +77,18 @@ def response_attention(
         return on_each_device(splash_responses, *arguments)
     if not on_one_cpu():
         return xla_responses(*arguments)
-    # One group's scores fit into a CPU's cache: up to twice as fast as all groups at once.
-    return jax.lax.map(lambda group: xla_responses(*(x[None] for x in group))[0], arguments)
+    # Scores of few queries fit into a CPU's cache: up to twice as fast as all groups at once, and a step's memory too.
+    return jax.lax.map(lambda group: _by_rows(*(x[None] for x in group))[0], arguments)
+
+
+def _by_rows(q: Array, k: Array, v: Array, positions: Array, *prefix: Array) -> Array:
+    """`xla_responses` of one group, as many of its rows at a time as `MOST` queries have, of those that divide them."""
+    rows, length = q.shape[1:3]
+    size = next(n for n in range(max(1, min(rows, MOST // length)), 0, -1) if rows % n == 0)
+    if size == rows:
+        return xla_responses(q, k, v, positions, *prefix)
+    parts = tuple(x.reshape(rows // size, 1, size, *x.shape[2:]) for x in (q, k, v, positions))
+    return jax.lax.map(lambda part: xla_responses(*part, *prefix), parts).reshape(q.shape)
 
 
 def xla_responses(

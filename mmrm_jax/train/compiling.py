@@ -1,4 +1,4 @@
-"""Hearing of compilations, and handing back the memory they took before what was compiled runs."""
+"""Hearing of compilations, and handing back memory that was freed before a step's own peak."""
 
 from __future__ import annotations
 
@@ -29,10 +29,16 @@ def compilations_heard(call: Callable[[float], object]) -> Iterator[None]:
 
 
 def compiler_memory_released() -> AbstractContextManager[None]:
-    """After every long compilation, give the system back what the C library keeps of freed memory.
+    """`release_freed_memory` after every long compilation."""
+    return compilations_heard(lambda seconds: release_freed_memory() if seconds > LONG else None)
+
+
+def release_freed_memory() -> None:
+    """Give the system back what the C library keeps of freed memory.
 
     glibc keeps what a process frees for what it asks for next; XLA's compiler frees hundreds of megabytes in small
-    pieces, and a step's buffers, which are large, take none of it. Does nothing where the C library is not glibc.
+    pieces, loading a model some more, and a step's buffers, which are large, take none of it. Does nothing where the C
+    library is not glibc.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    return compilations_heard(lambda seconds: trim(0) if trim is not None and seconds > LONG else None)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -16,6 +16,7 @@ import numpy as np
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.sharding import gather
 from mmrm_jax.train.checkpoint import Checkpoints, Warn
+from mmrm_jax.train.compiling import release_freed_memory
 from mmrm_jax.train.interval import Interval, NonFinite
 from mmrm_jax.train.preemption import Preempted
 from mmrm_jax.train.program import Program
@@ -79,6 +80,7 @@ def train(
     loss, a gradient, or a value to be saved is not finite; what `describe` says of the batch's groups is then in the
     file that the message names.
     """
+    release_freed_memory()  # of loading the model, say
     with RunFiles(run_dir, int(state.step), config) as files, _iterate(stream) as batches:
         interval = Interval(files.pending)
         start = time.monotonic() - (files.history[-1]["seconds"] if files.history else 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from mmrm_jax.config import BranchInput, ModelConfig, OptimizerConfig, TrainConfig
 from mmrm_jax.objectives import Objective, find_objective
-from mmrm_jax.sharding import check_heads, make_mesh, put_batch, replicated
+from mmrm_jax.sharding import check_heads, make_mesh, on_one_cpu, put_batch, replicated
 from mmrm_jax.train.optimizer import make_optimizer
 from mmrm_jax.train.state import TrainState, abstract_model, create_state, state_shardings
 from mmrm_jax.train.step import all_finite, make_eval_step, make_train_step
 from mmrm_jax.types import Batch, PyTree
+
+# On one CPU a step is scheduled for the least memory, not for small operations side by side: large ones use all cores.
+LEAST_MEMORY = MappingProxyType({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,14 @@ def build_program(
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    with jax.set_mesh(mesh):
+        least_memory = on_one_cpu()
+    jitted = jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=dict(LEAST_MEMORY) if least_memory else None,
+    )
     return Program(
         objective,
         objective.views(config.proxy_input),

@@ -30,6 +30,7 @@ from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.objectives import Objective, find_objective
 from mmrm_jax.sharding import batch_share
+from mmrm_jax.train.program import Program
 from mmrm_jax.train.state import abstract_model, init_score, place_abstract
 from mmrm_jax.types import Batch, Quarantined
 
@@ -171,6 +172,43 @@ def training_batches(
 
     What cannot be read is added to this process's own file in place of `quarantine`. With `only` these groups are
     trained on, and no others.
+    """
+    plan, make = _plan_and_make(data, buckets, config, steps, mesh, quarantine=own_file(quarantine), only=only)
+    workers = config.data.workers
+    if config.data.augment == NO_AUGMENTATION:
+        return batches(plan, make, start=start, workers=workers)
+    return batches(plan, make.random, start=start, workers=workers, seed=config.seed)
+
+
+def compile_ahead(
+    program: Program,
+    data: EncodedSource,
+    buckets: Buckets,
+    config: TrainConfig,
+    steps: int,
+    only: np.ndarray | None = None,
+) -> None:
+    """Compile the train step for every size of the batches that `training_batches` makes of the same.
+
+    To be called before there is a state: the compiler needs as much memory as the state of a small model, and what it
+    made is found again when a batch of that size comes.
+    """
+    plan, make = _plan_and_make(data, buckets, config, steps, program.mesh, only=only)
+    for positions in plan.of_each_size():
+        program.lower_train_step(program.abstract, program.put(make.padding(positions))).compile()
+
+
+def _plan_and_make(
+    data: EncodedSource,
+    buckets: Buckets,
+    config: TrainConfig,
+    steps: int,
+    mesh: Mesh,
+    *,
+    quarantine: Path | None = None,
+    only: np.ndarray | None = None,
+) -> tuple[BatchPlan, MakeBatch]:
+    """Which groups each step takes, and what makes this process's share of a batch of them.
 
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
@@ -186,16 +224,13 @@ def training_batches(
         buckets,
         config.batch_size,
         config.micro_batches,
-        quarantine=own_file(quarantine),
+        quarantine=quarantine,
         strict=config.strict,
         share=index,
         shares=count,
         augmentation=config.data.augment,
     )
-    workers = config.data.workers
-    if config.data.augment == NO_AUGMENTATION:
-        return batches(plan, make, start=start, workers=workers)
-    return batches(plan, make.random, start=start, workers=workers, seed=config.seed)
+    return plan, make
 
 
 def _with_environments(data: EncodedSource, objective: Objective) -> EncodedSource:

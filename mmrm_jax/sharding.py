@@ -285,8 +285,8 @@ def _groups_axis(size: int) -> str | None:
     return None if size % (mesh.shape["data"] * mesh.shape["fsdp"]) else "batch"
 
 
-def on_one_cpu() -> bool:
-    """Whether the step that is being traced is for one CPU device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    return mesh.size <= 1 and (jax.default_backend() if device is None else device.platform) == "cpu"
+def on_one_cpu(mesh: Mesh | None = None) -> bool:
+    """Whether a mesh, or that of the step that is being traced, is one CPU device."""
+    of = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    device = of.abstract_device
+    return of.size <= 1 and (jax.default_backend() if device is None else device.platform) == "cpu"

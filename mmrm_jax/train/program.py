@@ -84,13 +84,11 @@ def build_program(
     dtype = jnp.dtype(config.compute_dtype)
     train_step = make_train_step(graphdef, objective, optimizer, dtype, config.proxy_input)
     eval_step = make_eval_step(graphdef, objective, dtype)
-    with jax.set_mesh(mesh):
-        least_memory = on_one_cpu()
     jitted = jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=dict(LEAST_MEMORY) if least_memory else None,
+        compiler_options=dict(LEAST_MEMORY) if on_one_cpu(mesh) else None,
     )
     return Program(
         objective,

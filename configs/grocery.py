@@ -29,6 +29,16 @@ of the best of three penalties there, on histograms has 97.1 and 91.6, one on th
 as it is, 98.5 and 93.0: the tower sees enough, and the decoder learns what tells a juice from another from the fifth
 of the comparisons that need it. A frozen tower does not help (94.0; at twice the rate and at a tenth of the decay,
 too), nor, with one, a frozen projector (91.8), LoRA of rank 8 (91.4), no augmentation (92.6) or more of it (93.2).
+
+It is not the photos alone: of the photos that it was trained on it tells 91.7 % from texts of their group that no
+comparison had put beside them, of held-out ones in a place of their own 83, where a bilinear model on histograms tells
+91. Four in five comparisons are settled by the group, which it learns first, and then they teach it nothing; a bilinear
+model draws on them for each product. With names of products for descriptions it is 81 there: reading is not the gap.
+On that split (237 photos held out; within and between groups, together as in the file) batches of 16 in 900 steps have
+90.6 and 91.2, of 8 in 1800 steps 92.0, 92.3 and 91.6, of 4 in 3600 91.2, sharpness-aware minimisation 92.0 at twice the
+time, two to four seeds' mean reward a point or two more within a group; averaged weights, changes of colour, erased or
+rolled images, a tower at a fifth of the rate and a longer memory of Adam's change nothing, and scores from a larger head
+at a lower rate (80.7 to 84.2) a lot.
 """
 
 from pathlib import Path

@@ -202,7 +202,8 @@ class TrainConfig:
         checkpoint_every: Steps between checkpoints; None saves at the end only.
         strict: Stop at the first row that cannot be used, instead of reporting it in the quarantine.
         remat: What of each layer the backward pass computes again to save memory: nothing (none), all but matrix
-            products with weights (dots), or everything (full). The result is the same.
+            products with weights (dots), or everything (full). On one CPU none keeps of deep stacks no more than what
+            attention over long sequences gave, less than dots, at little cost. The result is the same.
         lora: Train adapters in place of whole branches.
         frozen_dtype: In which frozen parameters are kept, but for the score head; bfloat16 halves their memory.
         keep_last: Newest checkpoints that are kept. Where the last turns out to be damaged, the one before is used.

@@ -26,13 +26,14 @@ SEQUENCES = [
     (2, 300, 2, 2, 16, True),
 ]
 # (lengths of each group's responses, rows, prefix, heads, kv_heads, width): one response and many, which share rows;
-# more tokens than a CPU takes at a time, in rows that its part divides and in rows that none divides.
+# more tokens than a CPU takes at a time, in parts that are full and in parts that are not.
 RESPONSES = [
     ([(1,)], 1, 1, 1, 1, 8),
     ([(5, 9, 3), (4,)], 2, 37, 4, 2, 24),
     ([(50, 70, 64, 31), (9, 30)], 2, 200, 2, 1, 16),
     ([(120, 90, 110, 130, 80, 70), (20,)], 6, 40, 2, 1, 8),
     ([(300, 200, 280)], 3, 20, 2, 2, 8),
+    ([(80, 70, 90, 60, 85)], 5, 20, 2, 1, 8),
 ]
 
 

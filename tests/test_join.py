@@ -20,7 +20,7 @@ from mmrm_jax.sharding import make_mesh
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.compiling import compilations_heard
 from mmrm_jax.train.program import build_program
-from mmrm_jax.train.setup import compile_ahead, encode, initial_params, open_checkpoint, training_batches
+from mmrm_jax.train.setup import compile_ahead, encode, initial_params, open_checkpoint, training_feed
 from mmrm_jax.types import Comparison, Group
 
 VIEWS = {"primary": "multimodal", "proxy": "absent"}
@@ -125,11 +125,11 @@ def test_a_step_that_was_compiled_ahead_is_not_compiled_again(rows, checkpoint, 
     program = build_program(checkpoint.config, config, 10, mesh)
     data, _ = index_source(rows, checkpoint.processor, VIEWS, cache=True)
     buckets = buckets_for([data], config.data.buckets)
+    feed = training_feed(data, buckets, config, 10, program.mesh, quarantine=Path("unused"))
     with compilations_heard((ahead := []).append):
-        compile_ahead(program, data, buckets, config, 10)
+        assert compile_ahead(program, feed) > 0
     state = program.init(initial_params(checkpoint, 0, program.mesh)[0], config)
-    stream = training_batches(data, buckets, config, 10, program.mesh, start=0, quarantine=Path("unused"))
-    batches = [program.put(batch) for batch in stream]
+    batches = [program.put(batch) for batch in feed.batches(0)]
     assert len({tuple(x.shape for x in jax.tree.leaves(batch)) for batch in batches}) == 2
     with compilations_heard((again := []).append):
         for batch in batches:

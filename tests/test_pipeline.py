@@ -129,14 +129,14 @@ def test_an_epoch_of_whole_batches_visits_every_group_once(n, batch_size):
 
 
 @pytest.mark.parametrize("n, batch_size, steps", [(64, 4, 25), (64, 32, 8), (7, 3, 9), (5, 8, 1), (100, 8, 1)])
-def test_one_batch_of_each_size_is_found(n, batch_size, steps):
+def test_one_batch_of_each_mix_is_found(n, batch_size, steps):
     plan = plan_of(n, batch_size, steps)
     buckets = np.asarray(plan.buckets)
     held = [frozenset(buckets[step].tolist()) for step in steps_of(plan)]
-    found = plan.of_each_size()
+    found = plan.of_each_mix()
     assert [frozenset(buckets[each].tolist()) for each in found] == list(dict.fromkeys(held))
     among = np.arange(n) + 100  # where some groups of the data are trained on
-    shifted = BatchPlan(plan.buckets, batch_size, 0, steps, among).of_each_size()
+    shifted = BatchPlan(plan.buckets, batch_size, 0, steps, among).of_each_mix()
     assert [(each - 100).tolist() for each in shifted] == [each.tolist() for each in found]
 
 

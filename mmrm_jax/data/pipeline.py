@@ -212,8 +212,8 @@ class BatchPlan:
         batch = self._batches[index]
         return batch if self.positions is None else self.positions[batch]
 
-    def of_each_size(self) -> list[np.ndarray]:
-        """The positions of one batch for every set of buckets that a batch has groups of, in the order of steps."""
+    def of_each_mix(self) -> list[np.ndarray]:
+        """The positions of one batch for every set of buckets that batches have groups of, in the order of steps."""
         rows = np.asarray(self.buckets)[self._batches]
         held = np.stack([np.any(rows == bucket, axis=1) for bucket in np.unique(rows)], axis=1)
         return [self[i] for i in sorted(np.unique(held, axis=0, return_index=True)[1])]

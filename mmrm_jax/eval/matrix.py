@@ -40,7 +40,7 @@ from mmrm_jax.train.setup import (
     compile_ahead,
     describe_data,
     open_checkpoint,
-    training_batches,
+    training_feed,
     training_steps,
 )
 from mmrm_jax.types import Quarantined
@@ -316,14 +316,14 @@ def run_cell(
         build=build,
         show=lambda name, first: show(f"{cell.name}, {name}", first),
     )
+    feed = training_feed(left.data, data.buckets, config, steps, program.mesh, quarantine=quarantine)
+    compiling = 0.0
     if state is None:
-        compile_ahead(program, left.data, data.buckets, config, steps)
+        compiling = compile_ahead(program, feed)
         state = program.init(first_params(checkpoint, config.seed, program, left)[0], config)
-    stream = training_batches(
-        left.data, data.buckets, config, steps, program.mesh, start=int(state.step), quarantine=quarantine
-    )
+    stream = feed.batches(int(state.step))
     with show(cell.name, steps) as report:
-        result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report)
+        result = train(program, state, stream, config, steps=steps, run_dir=folder, report=report, spent=compiling)
     evaluations = {
         name: evaluate(
             program,

@@ -45,7 +45,7 @@ from mmrm_jax.train.setup import (
     open_checkpoint,
     open_spec,
     require_comparisons,
-    training_batches,
+    training_feed,
     training_sources,
     training_steps,
 )
@@ -156,31 +156,32 @@ def train_run(
             go_on=go_on,
             stop=stop,
         )
-    if state is None and not profile:  # a profile counts what is compiled in its steps
-        with console.status("compiling the train step"):
-            compile_ahead(program, left.data, run.buckets, config, steps)
-    state = _first_state(run, program, config, state, left, console)
-    stream = training_batches(
-        left.data, run.buckets, config, steps, program.mesh, start=int(state.step), quarantine=unreadable
-    )
-    with (
-        profiled(program, stream, run.checkpoint.config, config, out / "profile" if profile else None) as recorded,
-        handled(program.mesh) as stop,
-        make_progress(console) as bar,
-        task(bar, config.objective, steps, keep=True) as report,
-    ):
-        result = train(
-            recorded.program,
-            state,
-            recorded.stream,
-            config,
-            steps=steps,
-            run_dir=out,
-            report=report,
-            evaluate=_validation(run, program, config, spec, unreadable),
-            stop=stop,
-            describe=run.train.describe,
-        )
+    feed = training_feed(left.data, run.buckets, config, steps, program.mesh, quarantine=unreadable)
+    with handled(program.mesh) as stop:
+        compiling = 0.0
+        if state is None and not profile:  # a profile counts what is compiled in its steps
+            with console.status("compiling the train step"):
+                compiling = compile_ahead(program, feed)
+        state = _first_state(run, program, config, state, left, console)
+        folder, stream = out / "profile" if profile else None, feed.batches(int(state.step))
+        with (
+            profiled(program, stream, run.checkpoint.config, config, folder) as recorded,
+            make_progress(console) as bar,
+            task(bar, config.objective, steps, keep=True) as report,
+        ):
+            result = train(
+                recorded.program,
+                state,
+                recorded.stream,
+                config,
+                steps=steps,
+                run_dir=out,
+                report=report,
+                evaluate=_validation(run, program, config, spec, unreadable),
+                stop=stop,
+                describe=run.train.describe,
+                spent=compiling,
+            )
     final = {k: v for k, v in result.history[-1].items() if isinstance(v, float)} if result.history else {}
     if result.history:
         console.print(training_table(program.objective, result.history))

@@ -19,7 +19,7 @@ from mmrm_jax.models.lora import fold_adapters
 from mmrm_jax.objectives import Before
 from mmrm_jax.train.loop import Report, resume, train
 from mmrm_jax.train.program import Program
-from mmrm_jax.train.setup import Checkpoint, compile_ahead, initial_params, training_batches
+from mmrm_jax.train.setup import Checkpoint, compile_ahead, initial_params, training_feed
 from mmrm_jax.train.state import merge_branch
 
 # (settings, steps, comparisons of its data) -> the program of a run
@@ -55,7 +55,7 @@ def run_before(
 ) -> Left:
     """Train as `before` says, in `folder/before`, or with `go_on` go on with what an interrupted command left there.
 
-    `steps` are those of the run that follows; `quarantine` and `stop` are as in `train.setup.training_batches` and
+    `steps` are those of the run that follows; `quarantine` and `stop` are as in `train.setup.training_feed` and
     `train.loop.train`. Margins are those of the trained model on the data it was trained on, or, with folds, on the
     images that it was not trained on. None is nothing before: the data as they are, and the checkpoint's parameters.
     """
@@ -78,24 +78,17 @@ def run_before(
             place.mkdir(parents=True, exist_ok=True)
             state = resume(program, place) if go_on else None
             only = None if whole else np.flatnonzero(fold != k)
+            feed = training_feed(data, buckets, settings, first, program.mesh, quarantine=quarantine, only=only)
+            compiling = 0.0
             if state is None:
-                compile_ahead(program, data, buckets, settings, first, only)
+                compiling = compile_ahead(program, feed)
                 state = program.init(initial_params(checkpoint, settings.seed, program.mesh)[0], settings)
-            stream = training_batches(
-                data,
-                buckets,
-                settings,
-                first,
-                program.mesh,
-                start=int(state.step),
-                quarantine=quarantine,
-                only=only,
-            )
             result = train(
                 program,
                 state,
-                stream,
+                feed.batches(int(state.step)),
                 settings,
+                spent=compiling,
                 steps=first,
                 run_dir=place,
                 report=report,

@@ -82,13 +82,19 @@ def response_attention(
 
 
 def _by_rows(q: Array, k: Array, v: Array, positions: Array, *prefix: Array) -> Array:
-    """`xla_responses` of one group, as many of its rows at a time as `MOST` queries have, of those that divide them."""
+    """`xla_responses` of one group, in equal parts of its rows with no more than `MOST` queries, or of one row."""
     rows, length = q.shape[1:3]
-    size = next(n for n in range(max(1, min(rows, MOST // length)), 0, -1) if rows % n == 0)
-    if size == rows:
+    count = -(-rows // max(1, MOST // length))
+    if count == 1:
         return xla_responses(q, k, v, positions, *prefix)
-    parts = tuple(x.reshape(rows // size, 1, size, *x.shape[2:]) for x in (q, k, v, positions))
-    return jax.lax.map(lambda part: xla_responses(*part, *prefix), parts).reshape(q.shape)
+    size = -(-rows // count)
+
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x[0], ((0, count * size - rows), *((0, 0) for _ in x.shape[2:])))
+        return padded.reshape(count, 1, size, *x.shape[2:])
+
+    out = jax.lax.map(lambda part: xla_responses(*part, *prefix), tuple(map(cut, (q, k, v, positions))))
+    return out.reshape(1, count * size, *q.shape[2:])[:, :rows]
 
 
 def xla_responses(

@@ -19,8 +19,8 @@ LINEAR = "linear"  # what results of products with weights are called where a la
 UNROLLED = 4  # layers; stacks up to this depth are unrolled
 
 # What a backward pass finds saved of a layer; the rest it computes again. "full" saves nothing but the layer's input;
-# "none", which saves everything elsewhere, saves attention's results on a CPU: products with weights take little longer
-# to compute again than to write and read, and half the memory of a step.
+# "none", which saves everything elsewhere, saves on a CPU what attention gave in blocks: products with weights take
+# little longer to compute again than to write and read, and are half of a step's memory.
 POLICIES: Mapping[Remat, Callable] = {
     "none": jax.checkpoint_policies.save_only_these_names(ATTENDED),
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
@@ -118,8 +118,8 @@ def apply_layers(
     Returns the last carry, and what was kept (or None) with an axis of layers before it.
 
     Short stacks are unrolled, which lets XLA drop what the last layer computes for nobody. `remat` says what a backward
-    pass finds saved: everything it needs ("none"), results of matrix products with weights ("dots"), or each layer's
-    input ("full").
+    pass finds saved: everything it needs ("none", but for `POLICIES` on one CPU), results of matrix products with
+    weights ("dots"), or each layer's input ("full").
     """
     unrolled = num_layers <= UNROLLED
     graphdef, params = nnx.split(layers)

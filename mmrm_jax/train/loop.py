@@ -69,12 +69,15 @@ def train(
     evaluate: Callable[[TrainState], dict[str, float | None]] | None = None,
     stop: Callable[[], signal.Signals | None] = lambda: None,
     describe: Callable[[int], dict[str, Any]] = lambda index: {"index": index},
+    spent: float = 0.0,
 ) -> TrainResult:
     """Run from `state.step` to `steps`; `stream` yields the batches from there on.
 
     With a `run_dir` it writes `metrics.jsonl`, TensorBoard events and checkpoints; what lies there from steps after
     `state.step` is replaced. A logging interval ends every `log_every` steps and wherever there is an evaluation or a
     checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each.
+
+    Times begin with the seconds that are `spent` already, where the run does not go on from others.
 
     `stop` is asked after every step; at a signal the run saves and raises Preempted. Raises TrainingError where the
     loss, a gradient, or a value to be saved is not finite; what `describe` says of the batch's groups is then in the
@@ -83,7 +86,7 @@ def train(
     release_freed_memory()  # of loading the model, say
     with RunFiles(run_dir, int(state.step), config) as files, _iterate(stream) as batches:
         interval = Interval(files.pending)
-        start = time.monotonic() - (files.history[-1]["seconds"] if files.history else 0.0)
+        start = time.monotonic() - (files.history[-1]["seconds"] if files.history else spent)
         try:
             for step in range(int(state.step) + 1, steps + 1):
                 batch = program.put(_next(batches, step))

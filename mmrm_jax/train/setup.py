@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,58 +158,36 @@ def training_steps(config: TrainConfig, groups: int) -> int:
     return max(1, math.ceil(round(config.epochs * groups / config.batch_size, 6)))
 
 
-def training_batches(
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What a run trains on: which groups each step takes, and what makes this process's share of their batch."""
+
+    plan: BatchPlan
+    make: MakeBatch
+    config: TrainConfig
+
+    def batches(self, start: int) -> Iterable[Batch]:
+        """Those of steps `start`, `start` + 1, ... up to the last."""
+        workers = self.config.data.workers
+        if self.config.data.augment == NO_AUGMENTATION:
+            return batches(self.plan, self.make, start=start, workers=workers)
+        return batches(self.plan, self.make.random, start=start, workers=workers, seed=self.config.seed)
+
+
+def training_feed(
     data: EncodedSource,
     buckets: Buckets,
     config: TrainConfig,
     steps: int,
     mesh: Mesh,
     *,
-    start: int,
     quarantine: Path,
     only: np.ndarray | None = None,
-) -> Iterable[Batch]:
-    """This process's share of the batches of steps `start`, `start` + 1, ..., `steps` - 1.
+) -> Feed:
+    """The feed of a run of so many steps.
 
     What cannot be read is added to this process's own file in place of `quarantine`. With `only` these groups are
     trained on, and no others.
-    """
-    plan, make = _plan_and_make(data, buckets, config, steps, mesh, quarantine=own_file(quarantine), only=only)
-    workers = config.data.workers
-    if config.data.augment == NO_AUGMENTATION:
-        return batches(plan, make, start=start, workers=workers)
-    return batches(plan, make.random, start=start, workers=workers, seed=config.seed)
-
-
-def compile_ahead(
-    program: Program,
-    data: EncodedSource,
-    buckets: Buckets,
-    config: TrainConfig,
-    steps: int,
-    only: np.ndarray | None = None,
-) -> None:
-    """Compile the train step for every size of the batches that `training_batches` makes of the same.
-
-    To be called before there is a state: the compiler needs as much memory as the state of a small model, and what it
-    made is found again when a batch of that size comes.
-    """
-    plan, make = _plan_and_make(data, buckets, config, steps, program.mesh, only=only)
-    for positions in plan.of_each_size():
-        program.lower_train_step(program.abstract, program.put(make.padding(positions))).compile()
-
-
-def _plan_and_make(
-    data: EncodedSource,
-    buckets: Buckets,
-    config: TrainConfig,
-    steps: int,
-    mesh: Mesh,
-    *,
-    quarantine: Path | None = None,
-    only: np.ndarray | None = None,
-) -> tuple[BatchPlan, MakeBatch]:
-    """Which groups each step takes, and what makes this process's share of a batch of them.
 
     Groups are brought together by their bucket, not by their length: where few texts make up a data set, the exact
     length would give batches of one and the same text.
@@ -224,13 +203,25 @@ def _plan_and_make(
         buckets,
         config.batch_size,
         config.micro_batches,
-        quarantine=quarantine,
+        quarantine=own_file(quarantine),
         strict=config.strict,
         share=index,
         shares=count,
         augmentation=config.data.augment,
     )
-    return plan, make
+    return Feed(plan, make, config)
+
+
+def compile_ahead(program: Program, feed: Feed) -> float:
+    """Compile the train step for a batch of every mix of buckets; returns the seconds that it took.
+
+    To be called before there is a state: the compiler needs as much memory as the state of a small model. What it made
+    is found again when a batch of that size comes; mixed buckets may have batches of another size, compiled then.
+    """
+    start = time.monotonic()
+    for positions in feed.plan.of_each_mix():
+        program.lower_train_step(program.abstract, program.put(feed.make.padding(positions))).compile()
+    return time.monotonic() - start
 
 
 def _with_environments(data: EncodedSource, objective: Objective) -> EncodedSource:

@@ -97,13 +97,14 @@ def frozen_proxy(*, epsilon: float = EPSILON) -> Objective:
 
 
 def dfr() -> Objective:
-    """The score head of a standard model trained anew on a balance of what text gets right and wrong; the rest stays.
+    """The score head of a standard model trained further, on a balance of what text gets right and wrong.
 
     sum over the two of 1/2 * mean L of those in the batch. Text-only margins are those of a model trained beside the
     standard one.
 
     Kirichenko, Izmailov and Wilson 2023, "Last Layer Re-Training is Sufficient for Robustness to Spurious
-    Correlations", arXiv 2204.02937, where the balanced set is drawn from held-out data, and groups are known.
+    Correlations", arXiv 2204.02937, where the head is drawn anew, the balanced set is from held-out data, and groups are
+    known.
     """
 
     def terms(seen: Seen) -> Terms:

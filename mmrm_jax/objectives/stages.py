@@ -103,8 +103,8 @@ def dfr() -> Objective:
     standard one.
 
     Kirichenko, Izmailov and Wilson 2023, "Last Layer Re-Training is Sufficient for Robustness to Spurious
-    Correlations", arXiv 2204.02937, where the head is drawn anew, the balanced set is from held-out data, and groups are
-    known.
+    Correlations", arXiv 2204.02937, where the head is drawn anew, the balanced set is from held-out data, and groups
+    are known.
     """
 
     def terms(seen: Seen) -> Terms:

@@ -98,7 +98,7 @@ def test_each_policy_saves_less_than_the_one_before(by_policy) -> None:
     none, dots, full = (by_policy[policy][1] for policy in ("none", "dots", "full"))
     # Six layers of each kind: 6.6, 2.2 and 0.9 MB when this was written.
     assert dots < none / 2 and full < dots / 2
-    assert by_policy["cpu"][1] < none / 2
+    assert by_policy["cpu"][1] < dots
 
 
 def test_a_frozen_tower_has_no_backward_pass_and_takes_no_memory_for_one() -> None:

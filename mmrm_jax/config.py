@@ -312,6 +312,8 @@ class MatrixConfig:
         objectives: Objectives to compare, by their names in docs/objectives.md. text_only costs no run beside
             shortcut_aware: it is its proxy, which shares one global-norm clip with the primary: text-only training up
             to clipping.
+        modifiers: What each of them is given besides, as docs/objectives.md has it: centring:weight=0.1, for one. Runs
+            that come before an objective's own are not.
         seeds: Runs per cell. More of them can be added to a finished matrix later.
         jobs: Processes that share the runs, on CPU.
         on: test uses the test sets; validation what was held out of the training sets, for making choices.
@@ -326,6 +328,7 @@ class MatrixConfig:
     image_root: Path | None = None
     environments: tuple[Environment, ...] = ()
     objectives: tuple[str, ...] = ("text_only", "standard", "shortcut_aware")
+    modifiers: tuple[str, ...] = ()
     seeds: int = 1
     jobs: int = 1
     on: Literal["test", "validation"] = "test"

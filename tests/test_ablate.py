@@ -133,9 +133,14 @@ def test_programs_that_are_no_longer_used_are_forgotten(capsys, monkeypatch, tmp
         "--objectives",
         "standard",
         "focal",
+        "--modifiers",
+        "centring",
     ]
     status, text = run(capsys, *command)
-    assert status == 0 and built == ["standard", "focal"], text  # each once, for both seeds
+    assert status == 0 and built == ["standard+centring", "focal+centring"], text  # each once, for both seeds
+    assert "Every objective is trained with centring." in text
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["objective"] for row in rows} == {"standard", "focal"}
 
 
 def test_what_is_turned_round_is_marked(tmp_path) -> None:

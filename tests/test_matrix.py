@@ -27,6 +27,7 @@ from mmrm_jax.eval.matrix import (
     CellResult,
     Matrix,
     all_cells,
+    cell_config,
     check_matrix,
     forward_passes,
     read_cell,
@@ -106,10 +107,22 @@ def test_settings_that_make_no_matrix(settings, message):
 def test_unknown_objectives_and_shared_accelerators_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="'x' is not known; known: arm, caption_only"):
         check_matrix(MatrixConfig(objectives=("standard", "x")))
+    with pytest.raises(ValueError, match="modifier 'x' is not known"):
+        check_matrix(MatrixConfig(modifiers=("x",)))
     check_matrix(MatrixConfig(objectives=tuple(OBJECTIVES), jobs=2))
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="same gpu: use --jobs 1"):
         check_matrix(MatrixConfig(jobs=2))
+
+
+def test_modifiers_are_trained_with_and_left_out_of_names():
+    config = MatrixConfig(modifiers=("centring:weight=0.1", "margin"))
+    cells = all_cells(config, ["a"])
+    assert [cell.name for cell in cells] == ["standard-a-0", "shortcut_aware-a-0"]
+    assert [cell_config(config, cell).objective for cell in cells] == [
+        "standard+centring:weight=0.1+margin",
+        "shortcut_aware+centring:weight=0.1+margin",
+    ]
 
 
 def test_a_cell_comes_back_as_it_was_written(tmp_path):

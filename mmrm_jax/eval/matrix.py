@@ -98,10 +98,15 @@ def trained_objectives(objectives: tuple[str, ...]) -> list[str]:
     return [o for o in objectives if o not in skip]
 
 
+def as_trained(config: MatrixConfig, objective: str) -> str:
+    """An objective with the matrix's modifiers, which its name in tables leaves out."""
+    return "+".join((objective, *config.modifiers))
+
+
 def check_matrix(config: MatrixConfig) -> None:
-    """Raises ValueError for an unknown objective, and for several jobs where they would share an accelerator."""
+    """Raises ValueError for an unknown objective or modifier, and for several jobs that would share an accelerator."""
     for name in config.objectives:
-        find_objective(name)
+        find_objective(as_trained(config, name))
     if config.jobs > 1 and jax.default_backend() != "cpu":
         raise ValueError(
             f"jobs is {config.jobs}, but each process would claim the same {jax.default_backend()}: use --jobs 1 "
@@ -127,7 +132,8 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
         check_config(config.out, resolved, ignore=FREE)
         data = load_data(config, sources, checkpoint, console)
     for objective in trained_objectives(config.objectives):  # whose set-up may fail too
-        build_program(checkpoint.config, dataclasses.replace(config.train, objective=objective), 1)
+        trained = dataclasses.replace(config.train, objective=as_trained(config, objective))
+        build_program(checkpoint.config, trained, 1)
     write_config(config.out, resolved)
     console.print(describe_data([*data.train.values(), *data.test.values()], data.buckets))
     rate, option = config.train.optimizer.learning_rate, "--train.optimizer.learning-rate"
@@ -159,7 +165,8 @@ def is_finished(out: Path, cell: Cell) -> bool:
 
 def cell_config(config: MatrixConfig, cell: Cell) -> TrainConfig:
     """The settings of one run."""
-    return dataclasses.replace(config.train, objective=cell.objective, seed=config.train.seed + cell.seed)
+    objective, seed = as_trained(config, cell.objective), config.train.seed + cell.seed
+    return dataclasses.replace(config.train, objective=objective, seed=seed)
 
 
 def write_settings(config: MatrixConfig, data: Data, cells: Sequence[Cell], prints: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
     summary = summarise(cells, matrix.data.iid)
     for table in format_matrix(rows, summary, iid=matrix.data.iid):
         console.print(table)
+    if config.modifiers:
+        console.print(f"Every objective is trained with {', '.join(config.modifiers)}.")
     for sentence in headline(summary):
         console.print(sentence)
     unreadable = _unreadable(matrix)
@@ -62,6 +64,7 @@ def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command:
         "seeds": str(config.seeds),
         "training": f"{_length(config.train)}, {config.train.batch_size} groups a step",
         "learning rate": str(config.train.optimizer.learning_rate),
+        "modifiers": ", ".join(config.modifiers) or "none",
         "proxy input": config.train.proxy_input,
         "frozen": ", ".join(config.train.freeze) or "nothing",
         "training seconds": f"{_training_seconds(matrix):.0f}, all runs together",

@@ -313,7 +313,7 @@ class MatrixConfig:
             shortcut_aware: it is its proxy, which shares one global-norm clip with the primary: text-only training up
             to clipping.
         modifiers: What each of them is given besides, as docs/objectives.md has it: centring:weight=0.1, for one. Runs
-            that come before an objective's own are not.
+            that come before an objective's own are not, nor the proxy by one for the branch that scores.
         seeds: Runs per cell. More of them can be added to a finished matrix later.
         jobs: Processes that share the runs, on CPU.
         on: test uses the test sets; validation what was held out of the training sets, for making choices.

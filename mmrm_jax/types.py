@@ -117,11 +117,13 @@ class Responses:
 
     `positions` counts tokens from the beginning of their own response; it is 0 at padding. `last[g, n]` is where
     response n ends: the index of its last token among the group's K*L, or -1 where the group has no such response.
+    `opening[g]` is how many tokens all of them begin with, which are in the group's prefix and not here.
     """
 
     tokens: Int[Array, "*M G K L"]
     positions: Int[Array, "*M G K L"]
     last: Int[Array, "*M G N"]
+    opening: Int[Array, "*M G"]
 
 
 # Names that a comparison's environment, and its place among all comparisons of its source, have in `Comparisons.given`.

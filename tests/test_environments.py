@@ -16,6 +16,7 @@ from mmrm_jax.ablate.run import leave_out
 from mmrm_jax.config import DataConfig, Environment, MatrixConfig, TrainConfig
 from mmrm_jax.data.shapes import make_group
 from mmrm_jax.data.sources import fingerprint
+from mmrm_jax.eval.matrix_data import open_data
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import encode, open_checkpoint, open_spec
 
@@ -78,6 +79,35 @@ def test_more_environments_than_are_told_apart_are_refused(capsys, two: Path) ->
     command = ["train", "--data", data, "--out", two / "run", "--objective", "group_dro:environments=2", *SMALL]
     status, text = run(capsys, *command)
     assert status == 2 and "tells 2 environments apart, and there are 3: a, b, c" in text.replace("\n", " "), text
+
+
+@pytest.mark.parametrize("objective", ["v_rex", "group_dro:environments=2"])
+def test_files_of_one_name_are_one_environment_and_refused(capsys, two: Path, objective: str) -> None:
+    (two / "more").mkdir()
+    data = f"{two / 'a.jsonl'}+{write_pairs(two / 'more', 'a', 8)}"
+    status, text = run(capsys, "train", "--data", data, "--out", two / "run", "--objective", objective, *SMALL)
+    assert status == 2 and "all comparisons are of one, 'a'" in " ".join(text.split()), text
+
+
+A = Environment("A", "a.jsonl", "ta.jsonl")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("other", "on", "reason"),
+    [
+        (Environment("B", "a.jsonl", "tb.jsonl"), "test", "only one of them is in distribution"),
+        (Environment("B", "a.jsonl", "tb.jsonl", validation="b.jsonl"), "validation", "only one of them"),
+        (Environment("B", "b.jsonl", "tb.jsonl", validation="a.jsonl"), "validation", "validated on all of a.jsonl"),
+        (Environment("B", None, "tb.jsonl", validation="a.jsonl"), "validation", "validated on all of a.jsonl"),
+    ],
+)
+def test_sets_that_are_trained_on_and_tested_are_refused(
+    two: Path, other: Environment, on: str, reason: str, turned: bool
+) -> None:
+    environments = (other, A) if turned else (A, other)
+    with pytest.raises(ValueError, match=reason):
+        open_data(MatrixConfig(root=two, environments=environments, on=on))  # type: ignore[arg-type]
 
 
 def test_a_caption_in_place_of_the_image(capsys, two: Path) -> None:

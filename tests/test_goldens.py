@@ -285,7 +285,7 @@ class Pooling:
         padded = np.pad(tokens[:, None, split:].astype(np.int32), ((0, 0), (0, 0), (0, 3)), constant_values=7)
         positions = np.tile(np.pad(np.arange(length - split, dtype=np.int32), (0, 3)), (rows, 1, 1))
         last = np.full((rows, 1), length - split - 1, np.int32)
-        return self.run(prefix, Responses(padded, positions, last), pixels)
+        return self.run(prefix, Responses(padded, positions, last, np.zeros(rows, np.int32)), pixels)
 
 
 POOLING = fixtures("pooling", "data.npz", "model.safetensors")

@@ -328,6 +328,16 @@ def test_one_image_has_no_interval():
     assert (found["accuracy"], found["accuracy_low"], found["accuracy_high"]) == (0.0, None, None)
 
 
+def test_a_mean_has_no_interval_where_one_of_its_cells_has_none():
+    """The mean of 90 and 30 % is 60 %; resamples of the first test alone would say 87 to 93."""
+    cells = [
+        cell(np.where(np.arange(300) < 270, 1.0, -1.0), train="a", test="ta", clusters=np.arange(300)),
+        cell(np.where(np.arange(50) < 15, 1.0, -1.0), train="b", test="tb", clusters=np.full(50, 1000)),
+    ]
+    found = pick(summarise(cells, IID), "iid", "standard")
+    assert found["mean"] == pytest.approx(0.6) and (found["low"], found["high"]) == (None, None)
+
+
 def test_text_only_training_has_no_reduction_of_sfd():
     """Its SFD is 1 by definition, so that against standard training's there is nothing to reduce."""
     cells = [cell([1.0, -1.0]), *(cell([1.0, 1.0], objective=name) for name in ("text_only", "x"))]

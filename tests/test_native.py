@@ -34,7 +34,7 @@ def test_hidden_states_are_those_of_transformers(folder: Path) -> None:
     prefix = Prefix(tokens[:, :split], np.array([split], np.int32), visual, blank)
     length = tokens.shape[1] - split
     positions = np.arange(length, dtype=np.int32)[None, None]
-    responses = Responses(tokens[:, None, split:], positions, np.array([[length - 1]], np.int32))
+    responses = Responses(tokens[:, None, split:], positions, np.array([[length - 1]], np.int32), np.zeros(1, np.int32))
 
     @jax.jit
     def run(params, prefix, responses):

@@ -87,6 +87,31 @@ def test_a_negative_target_margin_is_one() -> None:
     assert float(found[0]) == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)  # Bradley-Terry's softplus(m)
 
 
+@pytest.mark.parametrize("spec", ["shortcut_aware", "dual_sfc"])
+def test_a_target_margin_counts_in_the_weights_of_evaluation(spec: str) -> None:
+    objective, c = find_objective(f"{spec}+margin:m=2"), comparisons(3)
+    margins = {branch: jnp.asarray([0.3, -1.0, 2.0]) * (i + 1) for i, branch in enumerate(objective.branches)}
+    trained = objective.terms(seen(margins, c)).sfc
+    assert objective.weigh is not None and trained is not None
+    np.testing.assert_allclose(objective.weigh(margins, c), trained, rtol=1e-6)
+    assert find_objective("standard+margin").weigh is None
+
+
+@pytest.mark.parametrize(("spec", "other"), [("image_contrast", "other1"), ("mcr", "permuted")])
+def test_two_forward_passes_of_a_branch_lose_the_same_slope_on_length(spec: str, other: str) -> None:
+    """Where they give the same rewards, what compares them sees no difference, whatever the lengths."""
+
+    def loss(spec: str, lengths: list[list[int]]) -> jax.Array:
+        what = seen({name: jnp.asarray([0.3, -1.0]) for name in ("primary", other)}, comparisons(2))
+        changed = {other: jnp.ones(2, bool)}
+        what = dataclasses.replace(what, changed=changed, lengths=jnp.asarray(lengths))
+        terms = find_objective(spec).terms(what)
+        return terms.loss - terms.branch_losses["primary"]
+
+    plain = loss(spec, [[3, 1], [1, 4]])
+    np.testing.assert_allclose(loss(spec + "+length_residual", [[3, 1], [1, 4]]), plain, atol=1e-6)
+
+
 def test_normalised_weights_of_no_valid_comparison() -> None:
     found = losses_and_gradients("shortcut_aware:normalise=true", [1.0, -1.0], mask=[False, False])
     assert all(np.all(np.isfinite(x)) for x in found)

@@ -61,7 +61,7 @@ def test_the_forward_traces(name: str, config: ModelConfig) -> None:
         lambda p, *args: nnx.merge(graphdef, p).rewards(*args, jnp.dtype("bfloat16")),
         params,
         prefix,
-        Responses(i32(2, 4, 512), i32(2, 4, 512), i32(2, 4)),
+        Responses(i32(2, 4, 512), i32(2, 4, 512), i32(2, 4), i32(2)),
     )
     assert (rewards.shape, rewards.dtype) == ((2, 4), np.dtype("float32"))
 

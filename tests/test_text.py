@@ -182,6 +182,19 @@ def test_prefix_and_response_make_the_whole_conversation(chat, seed):
             assert len(prefix.tokens) == shared
 
 
+def test_what_all_responses_begin_with_is_counted(chat):
+    """A response has the same number of tokens in every group, wherever they lie: in the prefix or after it."""
+
+    def counts(*texts: str) -> list[int]:
+        found = encode_texts(chat, "what is this ?", texts, 1, VIEWS, max_length=200)
+        return [found.opening + len(response) for response in found.responses]
+
+    circle, square, red = "a red circle", "a red square", "a red"
+    assert counts(circle)[0] == counts(red)[0] + 1 > 3
+    for texts in ((circle, square, red), (circle, red), (red, red), (circle, "yes"), (square, "no", circle)):
+        assert counts(*texts) == [counts(text)[0] for text in texts]
+
+
 def test_over_the_budget_is_an_error_and_never_cut(chat):
     prompt, responses = "what is this ?", ["a circle .", "a large red circle on the left ."]
     lengths = {v: max(len(chat.conversation(prompt, r, 2, v).tokens) for r in responses) for v in VIEWS.values()}

@@ -21,6 +21,7 @@ class EncodedGroup:
     """A group as arrays: token ids and tiles, None where no branch looks at the image.
 
     Tiles are uint8 [T, S, S, 3], or what a frozen tower made of them, [T, V, I]. `given` has one number a comparison.
+    `opening` is how many tokens of every response are in the prefixes, since all begin with them.
     """
 
     index: int
@@ -29,6 +30,7 @@ class EncodedGroup:
     tiles: np.ndarray | None
     comparisons: tuple[Comparison, ...]
     given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    opening: int = 0
 
     @property
     def shape(self) -> GroupShape:
@@ -108,14 +110,15 @@ def _collate_micro(
 def _responses(groups: Sequence[EncodedGroup], size: int, rows: Rows, most: int) -> Responses:
     count, length = rows
     tokens, positions = np.zeros((2, size, count, length), np.int32)
-    last = np.full((size, most), -1, np.int32)
+    last, opening = np.full((size, most), -1, np.int32), np.zeros(size, np.int32)
     for g, group in enumerate(groups):
+        opening[g] = group.opening
         places = pack(list(map(len, group.responses)), count)
         for n, (response, (row, start)) in enumerate(zip(group.responses, places, strict=True)):
             end = start + len(response)
             tokens[g, row, start:end], positions[g, row, start:end] = response, np.arange(len(response))
             last[g, n] = row * length + end - 1
-    return Responses(tokens, positions, last)  # type: ignore[arg-type]
+    return Responses(tokens, positions, last, opening)  # type: ignore[arg-type]
 
 
 def _comparisons(compared: Sequence[tuple[int, int, float, bool]], size: int) -> Comparisons:

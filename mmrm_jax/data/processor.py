@@ -97,7 +97,9 @@ class Processor:
         if shown is None:
             shown = [self.tiles(image, change) for image in group.images] if _looks(views) else []
         text = self._texts(group, [len(tiles) for tiles in shown], views)
-        return EncodedGroup(index, text.prefixes, text.responses, joined(shown), group.comparisons)
+        return EncodedGroup(
+            index, text.prefixes, text.responses, joined(shown), group.comparisons, opening=text.opening
+        )
 
     def _texts(self, group: Group, tiles: Sequence[int], views: dict[str, BranchInput]) -> GroupTokens:
         g = group

@@ -144,9 +144,10 @@ def split_holdout(source: GroupSource, fraction: float, seed: int) -> tuple[View
 
     Groups belong together when their encoded images are the same bytes, whatever the file's name, or, without an
     image, when their prompts are the same. Each image is drawn by a hash of its bytes and `seed`, so that one held out
-    of a file is held out of every file. At least one lands on each side, unless `fraction` is 0, which holds nothing
-    out: where the draw leaves a side empty, the image nearest to it changes over. Raises DataError where that is
-    impossible or an image cannot be read, ValueError for a fraction outside [0, 1).
+    of a file is held out of every file; images that groups of a file show together are drawn as one there. At least
+    one lands on each side, unless `fraction` is 0, which holds nothing out: where the draw leaves a side empty, the
+    image nearest to it changes over. Raises DataError where that is impossible or an image cannot be read, ValueError
+    for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be at least 0 and below 1")

@@ -222,10 +222,14 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class GroupTokens:
-    """A group's tokens: per branch the shared prefix, and the responses that all branches share."""
+    """A group's tokens: per branch the shared prefix, and the responses that all branches share.
+
+    What all responses begin with is part of the prefixes: `opening` tokens of each.
+    """
 
     prefixes: dict[str, Conversation]
     responses: tuple[np.ndarray, ...]
+    opening: int
 
 
 def captioned(prompt: str, caption: str | None) -> str:
@@ -253,6 +257,7 @@ def encode_texts(
     """
     prefixes: dict[str, Conversation] = {}
     tails: tuple[np.ndarray, ...] | None = None
+    opening = 0
     known: dict[str, list[int]] = {}
     for branch, view in views.items():
         first, *rest = (*history, prompt)
@@ -264,10 +269,13 @@ def encode_texts(
         if longest > max_length:
             raise TextError(f"a conversation has {longest} tokens, over the budget of max_length={max_length}")
         split = common_prefix([c.tokens for c in whole])
+        if tails is None:
+            empty = chat.conversation(asked, "", tiles, view, known, before)
+            opening = split - common_prefix([empty.tokens, *(c.tokens for c in whole)])
         prefixes[branch] = Conversation(whole[0].tokens[:split], whole[0].visual[:split])
         ends = tuple(c.tokens[split:] for c in whole)
         if tails is not None and not all(np.array_equal(a, b) for a, b in zip(tails, ends, strict=True)):
             raise TextError("the branches tokenise the responses differently, so they cannot share them")
         tails = ends
     assert tails is not None
-    return GroupTokens(prefixes, tails)
+    return GroupTokens(prefixes, tails, opening)

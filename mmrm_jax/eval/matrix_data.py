@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,38 @@ def _without_holdout(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=0.0))
 
 
+def _check_pairs(config: MatrixConfig, tested: Mapping[Environment, str | None]) -> None:
+    """Raises ValueError where a training set would have two i.i.d. tests, or be a validation set as a whole, too."""
+    first: dict[str, Environment] = {}
+    for env in tested:
+        if env.train is not None:
+            other = first.setdefault(env.train, env)
+            if tested[other] != tested[env]:
+                raise ValueError(
+                    f"environments {other.name} and {env.name} both train on {env.train}, and are tested on "
+                    f"{tested[other]} and {tested[env]}: only one of them is in distribution; name the other as a "
+                    f"test alone, {env.name}=,{tested[env]}"
+                )
+    if config.on == "validation":
+        for env in tested:
+            if env.validation in first and first[env.validation].validation is None:
+                raise ValueError(
+                    f"environment {env.name} is validated on all of {env.validation}, which environment "
+                    f"{first[env.validation].name} holds out a part of to validate on: give that one a validation set"
+                )
+
+
 def open_data(config: MatrixConfig) -> Sources:
-    """Open every set. On "validation" the held-out parts of the training sets are the test sets."""
+    """Open every set. On "validation" the held-out parts of the training sets are the test sets.
+
+    Raises ValueError where environments share sets in a way that leaves open what is in distribution, or held out.
+    """
     quarantined: list[Quarantined] = []
     train_sets: dict[str, GroupSource] = {}
     test_sets: dict[str, GroupSource] = {}
     iid: dict[str, str] = {}
     tested = {env: env.test if config.on == "test" else env.validation or env.train for env in config.environments}
+    _check_pairs(config, tested)
     names = train_names(config)
     test_names = set_names([(env, spec) for env, spec in tested.items() if spec is not None])
     for env, spec in tested.items():

@@ -299,7 +299,8 @@ def evaluate_run(
         raise DataError(f"{spec} has no comparisons left to evaluate; what was left out, and why: {quarantine}")
     row = cell_row(_scores(e, program, saved.data, spec, config.seed, image_clusters(data)), np.random.default_rng(0))
     if e.sfc is not None:
-        counts, edges = np.histogram(e.sfc, bins=20, range=(0.0, 1.0))
+        # Twice a product of two coefficients, as an objective may weigh by, can be above 1.
+        counts, edges = np.histogram(np.clip(e.sfc[~e.tie], 0.0, 1.0), bins=20, range=(0.0, 1.0))
         row["sfc_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     _print(row, console)
     if quarantined:

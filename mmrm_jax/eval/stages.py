@@ -110,6 +110,8 @@ def with_margins(data: EncodedSource, branches: tuple[str, ...], found: list[Eva
     for branch in branches:
         values = [np.zeros(shape.comparisons, np.float32) for shape in data.shapes]
         for e in found:
+            if not len(e.group):  # none of its groups could be read
+                continue
             starts = np.flatnonzero(np.diff(e.group, prepend=-1))
             for start, margins in zip(starts, np.split(e.margins[branch], starts[1:]), strict=True):
                 values[e.group[start]] = margins

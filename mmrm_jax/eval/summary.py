@@ -205,25 +205,16 @@ def _seeds(values: _Values) -> list[int]:
 
 
 def _mean(values: _Values, weights: Mapping[int, Float[np.ndarray, "B S"]]) -> Float[np.ndarray, "B"]:
-    """Mean over each seed's defined cells, then over seeds with the weights of so many; NaN where nothing is defined.
+    """Mean over each seed's defined cells, then over seeds with the weights of so many.
 
-    Weights are centred anew in resamples that leave some seeds undefined.
+    NaN where no cell is defined, and in resamples that leave one undefined: a mean of fewer cells is another quantity.
     """
-    size = next(iter(values.values())).shape
     seeds = _seeds(values)
     if not seeds:
-        return np.full(size, np.nan)
-    by_seed, weight = [], []
-    for seed, drawn in zip(seeds, weights[len(seeds)].T, strict=True):
-        cells = np.stack([column for key, column in values.items() if key.seed == seed])
-        count = np.sum(~np.isnan(cells), axis=0)
-        by_seed.append(np.divide(np.nansum(cells, axis=0), count, out=np.full(size, np.nan), where=count > 0))
-        weight.append(np.where(count > 0, drawn, np.nan))
-    defined = np.sum(~np.isnan(by_seed), axis=0)
-    total, all_weight = np.nansum(np.stack(by_seed) * np.stack(weight), axis=0), np.nansum(weight, axis=0)
-    shift = np.divide(defined - all_weight, defined, out=np.zeros(size), where=defined > 0)
-    total += shift * np.nansum(by_seed, axis=0)
-    return np.divide(total, defined, out=np.full(size, np.nan), where=defined > 0)
+        return np.full(next(iter(values.values())).shape, np.nan)
+    defined = [(key.seed, column) for key, column in values.items() if not np.isnan(column[0])]
+    by_seed = [np.mean([column for seed, column in defined if seed == each], axis=0) for each in seeds]
+    return np.mean(np.stack(by_seed, axis=1) * weights[len(seeds)], axis=1)
 
 
 def _row(measure: str, objective: str, versus: str | None, cells: _Values, mean: np.ndarray) -> dict[str, Any]:

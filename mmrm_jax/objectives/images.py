@@ -42,6 +42,8 @@ def modality_dropout(*, p: float = 0.2) -> Objective:
         raise ValueError(f"modality_dropout:p is {p}; it must be from 0 to 1")
 
     def change(prefix: Prefix, batch: Batch, keys: Key[Array, " G"]) -> Prefix:
+        if prefix.pixels is None and prefix.features is None:  # a batch of groups without an image
+            return prefix
         if prefix.pixels is None:
             raise ValueError("modality_dropout whitens pixels, and there are none: leave data.features out")
         drawn = jax.vmap(lambda key: jax.random.bernoulli(key, p))(keys)

@@ -6,8 +6,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from mmrm_jax.objectives.base import Objective, Seen, Terms
+from mmrm_jax.objectives.base import Margins, Objective, Seen, Terms
+from mmrm_jax.types import Comparisons
 
 
 def margin(objective: Objective, *, m: float = 1.0) -> Objective:
@@ -16,11 +18,17 @@ def margin(objective: Objective, *, m: float = 1.0) -> Objective:
     Touvron et al. 2023, "Llama 2", arXiv 2307.09288, section 3.2.2, where m depends on how clear the preference was.
     """
 
-    def terms(seen: Seen) -> Terms:
-        asked = dataclasses.replace(seen.comparisons, margin=seen.comparisons.margin + m)
-        return objective.terms(dataclasses.replace(seen, comparisons=asked))
+    def asked(comparisons: Comparisons) -> Comparisons:
+        return dataclasses.replace(comparisons, margin=comparisons.margin + m)
 
-    return dataclasses.replace(objective, terms=terms)
+    def terms(seen: Seen) -> Terms:
+        return objective.terms(dataclasses.replace(seen, comparisons=asked(seen.comparisons)))
+
+    def weigh(margins: Margins, comparisons: Comparisons) -> Array:
+        assert objective.weigh is not None
+        return objective.weigh(margins, asked(comparisons))
+
+    return dataclasses.replace(objective, terms=terms, weigh=weigh if objective.weigh else None)
 
 
 def centring(objective: Objective, *, weight: float = 0.01) -> Objective:
@@ -41,10 +49,13 @@ def centring(objective: Objective, *, weight: float = 0.01) -> Objective:
 def length_residual(objective: Objective) -> Objective:
     """In training, rewards of the branch that scores lose what a least-squares line on length gives in their batch.
 
-    The line's slope has no gradient; tokens are counted. What length explains is then no reason to change the model,
+    So do the other forward passes of that branch, of the line that its own gives. The slope has no gradient; tokens are
+    counted. What length explains is then no reason to change the model,
     which keeps whatever slope it has. After Huang et al. 2024, "Post-hoc Reward Calibration: A Case Study on Length
     Bias", arXiv 2409.17407, who correct finished rewards, and not by a straight line.
     """
+
+    corrected = {name for name, forward in objective.forwards().items() if forward.branch == objective.scores}
 
     def terms(seen: Seen) -> Terms:
         assert seen.lengths is not None
@@ -52,7 +63,8 @@ def length_residual(objective: Objective) -> Objective:
         lengths = seen.lengths.astype(jnp.float32)
         x = jnp.where(there, lengths - jnp.sum(lengths) / jnp.maximum(jnp.sum(there.astype(jnp.float32)), 1.0), 0.0)
         slope = jnp.sum(x * jnp.where(there, scored, 0.0)) / jnp.maximum(jnp.sum(x * x), 1.0)
-        residual = scored - jax.lax.stop_gradient(slope) * x
-        return objective.terms(dataclasses.replace(seen, rewards={**seen.rewards, objective.scores: residual}))
+        by_length = jax.lax.stop_gradient(slope) * x
+        rewards = {name: r - by_length if name in corrected else r for name, r in seen.rewards.items()}
+        return objective.terms(dataclasses.replace(seen, rewards=rewards))
 
     return dataclasses.replace(objective, terms=terms, couples=True)

@@ -81,5 +81,5 @@ def abstract_batch(
     flags = array(count, dtype=jnp.bool_)
     comparisons = Comparisons(array(count, 2), array(count, dtype=jnp.float32), flags, flags)  # type: ignore[arg-type]
     rows = array(size, shape.responses, shape.response)
-    responses = Responses(rows, rows, array(size, shape.responses))  # type: ignore[arg-type]
+    responses = Responses(rows, rows, array(size, shape.responses), array(size))  # type: ignore[arg-type]
     return Batch(prefixes, responses, comparisons, array(size))  # type: ignore[arg-type]

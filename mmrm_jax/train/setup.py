@@ -227,7 +227,7 @@ def compile_ahead(program: Program, feed: Feed) -> float:
 def _with_environments(data: EncodedSource, objective: Objective) -> EncodedSource:
     """The data with the environment of each comparison, where the objective reads it.
 
-    Raises ValueError where there are more of them than it tells apart.
+    Raises ValueError where there are more of them than it tells apart, or all comparisons are of one.
     """
     if not objective.environments:
         return data
@@ -236,6 +236,11 @@ def _with_environments(data: EncodedSource, objective: Objective) -> EncodedSour
         known = ", ".join(sorted(set(names)))
         raise ValueError(
             f"{objective.name} tells {objective.environments} environments apart, and there are {count}: {known}"
+        )
+    if count == 1:
+        raise ValueError(
+            f"{objective.name} compares environments, and all comparisons are of one, {names[0]!r}: environments go by "
+            "their files' names without folder and ending; train on files of different names, one.jsonl+two.jsonl"
         )
     return data.with_environments(names)
 

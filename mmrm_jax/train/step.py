@@ -122,10 +122,10 @@ def _remembered(memory: Array | None, learnt: Array | None) -> Array | None:
 
 
 def response_lengths(responses: Responses) -> Int[Array, "G N"]:
-    """Tokens of each response; 0 where there is none."""
+    """Tokens of each response, with those that all of its group begin with; 0 where there is none."""
     positions = responses.positions.reshape(len(responses.positions), -1)
     last = jnp.take_along_axis(positions, jnp.maximum(responses.last, 0), axis=1)
-    return jnp.where(responses.last >= 0, last + 1, 0)
+    return jnp.where(responses.last >= 0, responses.opening[:, None] + last + 1, 0)
 
 
 def _differs(a: Prefix, b: Prefix) -> Bool[Array, " G"]:

@@ -33,6 +33,7 @@ from mmrm_jax.cli_args import (
     ScoreArgs,
     ServeArgs,
     TrainArgs,
+    list_options,
 )
 from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, TrainConfig
 from mmrm_jax.signals import INTERRUPTED, PREEMPTED, heard, leave
@@ -373,6 +374,9 @@ def _parse(
     command: str, cls: type[C], argv: Sequence[str], default: C | None = None, required: tuple[str, ...] = ()
 ) -> C:
     prog = f"mmrm {command}"
+    for name in list_options(cls):
+        if sum(word.partition("=")[0] == name for word in argv) > 1:
+            raise ValueError(f"{name} is given twice, of which the last alone would count: one {name} takes all values")
     if default is None:
         return tyro.cli(cls, prog=prog, args=list(argv))
     missing = {name: tyro.MISSING for name in required}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -362,3 +363,15 @@ class ExportArgs:
     proxy: bool = False
     json: Path | None = None
     step: int | None = None
+
+
+def list_options(cls: type, prefix: str = "--") -> list[str]:
+    """The options of a command's arguments that take several values, as they are spelled."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        option = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found += list_options(hint, prefix if name == "config" else option + ".")  # type: ignore[arg-type]
+        elif typing.get_origin(hint) is tuple:
+            found.append(option)
+    return found

@@ -12,7 +12,7 @@ import pytest
 from commands import FAST, run, write_pairs
 
 from mmrm_jax.ablate.grid import points, with_field
-from mmrm_jax.ablate.page import write_page
+from mmrm_jax.ablate.page import axis_name, write_page
 from mmrm_jax.ablate.statistics import holm
 from mmrm_jax.ablate.tables import as_csv, as_latex, as_markdown, legend, table_rows, terminal_table
 from mmrm_jax.config import AblateConfig, ShapesConfig
@@ -141,6 +141,18 @@ def test_programs_that_are_no_longer_used_are_forgotten(capsys, monkeypatch, tmp
     assert "Every objective is trained with centring." in text
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert {row["objective"] for row in rows} == {"standard", "focal"}
+
+
+def test_points_of_a_grid_have_names_of_their_own_in_figures_and_text_only_is_no_method(tmp_path) -> None:
+    (row,) = [r for r in some_rows() if r["objective"] == "a|b_c"]
+    grid = [row | {"objective": "shortcut_aware", "setting": f"label_noise={share}"} for share in (0.1, 0.2)]
+    assert [axis_name(r) for r in grid] == [f"shortcut_aware\nlabel_noise={share}" for share in (0.1, 0.2)]
+    assert axis_name(row) == "a|b_c"
+    best = row | {"objective": "text_only", "ood_change": 0.5, "ood_p": None}
+    write_page(tmp_path / "r.html", "x", "y", {}, [*grid, best], {})
+    page = (tmp_path / "r.html").read_text()
+    assert "Out of distribution 2 of 2 are better" in page and "The highest is shortcut_aware" in page
+    assert r"\textbackslash{}a\{b\}\^{}" in as_latex([row | {"objective": r"\a{b}^"}], "x")
 
 
 def test_what_is_turned_round_is_marked(tmp_path) -> None:

@@ -283,6 +283,18 @@ def test_what_holds_elsewhere_and_what_is_turned_round():
     assert cell["n"] == 0 and cell["accuracy"] is None  # every comparison has been seen
 
 
+def test_what_holds_elsewhere_is_no_surer_than_the_texts_there_are():
+    """Labels without a rule, and ten pairs of texts on forty images each: what words say there is chance."""
+    rng = np.random.default_rng(1)
+    pairs = [(sentence(rng), sentence(rng)) for _ in range(10)]
+    random = [group(i, sentence(rng), sentence(rng), prompt=f"a{i}") for i in range(200)]
+    repeated = [group(i, *pairs[i % 10], prompt=f"b{i}") for i in range(400)]
+    corpus = index_comparisons([("a", "a", MemorySource(tuple(random))), ("b", "b", MemorySource(tuple(repeated)))])
+    result, _ = study_corpus(corpus)
+    (cell,) = [row for row in result["matrix"] if (row["train"], row["test"]) == ("a", "b")]
+    assert cell["n"] == 400 and cell["high"] - cell["low"] > 0.3  # 400 images would have .1
+
+
 @pytest.mark.parametrize("count", [1, 2, 19])
 def test_too_few_comparisons_are_said_so(count):
     result = audited(*planted(count, 0.9, seed=0))

@@ -221,6 +221,21 @@ def test_two_environments_of_one_name_and_names_that_are_paths_are_refused(capsy
     assert status == 2 and "environment '../A': its name is part of folder names" in text
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "first", "second"),
+    [
+        ("matrix", "--env", "A=a,b", "B=c,d"),
+        ("ablate", "--grid", "matrix.train.steps=1,2", "matrix.seeds=1,2"),
+        ("bench", "--trained-on", "a.jsonl", "b.jsonl"),
+        ("matrix", "--train.freeze", "vision", "decoder"),
+    ],
+)
+def test_a_list_given_twice_is_refused_since_only_the_last_would_count(capsys, command, option, first, second):
+    for arguments in ([option, first, option, second], [f"{option}={first}", option, second]):
+        status, text = run(capsys, command, *arguments)
+        assert status == 2 and f"{option} is given twice" in text, text
+
+
 def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
     status, text = run(capsys, "quickstart", "--root", "x", "--out", tmp_path / "o")
     assert status == 2 and "renders its own data" in text

@@ -206,8 +206,11 @@ def test_two_processes_make_the_features_of_a_frozen_tower(data, model, whole, t
 
 def test_a_process_that_fails_alone_ends_the_other(data, tmp_path) -> None:
     """A picture that breaks off is in one process's share; in strict mode that one stops, and the other with it."""
-    out = tmp_path / "run"
-    two = Two(tmp_path, "train", "--data", data, "--out", out, *options(CONFIG), "--strict")
+    out, command = tmp_path / "run", "from mmrm_jax.cli import main; main()"
+    # Ten seconds without a sign of life tell that a process has ended, where JAX takes a hundred.
+    quick = "import functools, jax; d = jax.distributed; "
+    quick += "d.initialize = functools.partial(d.initialize, heartbeat_timeout_seconds=10); " + command
+    two = Two(tmp_path, "train", "--data", data, "--out", out, *options(CONFIG), "--strict", program=quick)
     status = two.wait()
     assert 0 not in status and 2 in status, two.said()
     assert "row 4" in two.said() or "row 18" in two.said()

@@ -308,6 +308,14 @@ def test_runs_too_short_for_a_chart_say_so(tmp_path, data):
     assert page.all("img") == [] and page.text.count("so short that they logged once") == 2
 
 
+def test_headline_is_of_a_method_and_not_of_text_alone():
+    rows = summary(0.1, 0.08, 0.12)
+    text = [row | {"objective": "text_only"} for row in rows if row["objective"] != "standard"]
+    other = [row | {"objective": "focal"} if row["objective"] != "standard" else row for row in rows]
+    assert headline(text + other)[0].startswith("Training with focal raised")
+    assert headline([*text, rows[0]])[0].startswith("Training with text_only raised")
+
+
 def test_headline_of_partial_results():
     assert headline([]) == ["No model has been evaluated yet."]
     assert "no pair of standard and other training" in headline(summary(0.1, 0, 1)[:1])[0]

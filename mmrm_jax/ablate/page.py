@@ -35,7 +35,13 @@ def named(row: Row) -> str:
     return f"{row['objective']} ({row['setting']})" if row["setting"] else row["objective"]
 
 
+def axis_name(row: Row) -> str:
+    """The same for a figure, on two lines."""
+    return "\n".join(axis_label(part, 40) for part in (row["objective"], row["setting"]) if part)
+
+
 def _headline(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row["objective"] != "text_only"]  # which no difference is tested of
     if not rows:
         return "<p class='headline'>There is nothing to compare with standard training here.</p>"
     turned = [row for row in rows if row["iid"] is not None and row["iid"] < 0.5]
@@ -77,7 +83,7 @@ def _gains(rows: Sequence[Row]) -> str:
 def gains(rows: Sequence[Row], measure: str) -> bytes:
     """Differences with their intervals, the best on top."""
     order = sorted(rows, key=lambda row: row[f"{measure}_change"])
-    figure = new_figure(5.6, 1.0 + 0.27 * len(order))
+    figure = new_figure(5.6, 1.0 + 0.27 * sum(1 + bool(row["setting"]) for row in order))
     axes = figure.add_subplot()
     for y, row in enumerate(order):
         mean, low, high = (row[f"{measure}_change{end}"] for end in ("", "_low", "_high"))
@@ -87,7 +93,7 @@ def gains(rows: Sequence[Row], measure: str) -> bytes:
             axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=1.6)
         axes.plot([100 * mean], [y], "o", color=colour, markersize=5)
     axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(order)), [axis_label(named(row)) for row in order], fontsize=8)
+    axes.set_yticks(range(len(order)), [axis_name(row) for row in order], fontsize=8)
     axes.set_xlabel("points")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -110,7 +116,7 @@ def gain_against_cost(rows: Sequence[Row]) -> bytes:
     for row in rows:
         x, y = row["cost"], 100 * row["ood_change"]
         axes.plot([x], [y], "o", color="#1d4f91", markersize=5)
-        axes.annotate(axis_label(named(row)), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        axes.annotate(axis_name(row), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set_xlabel(f"time over {BASELINE}")
     axes.set_ylabel("o.o.d. gain in points")

@@ -136,6 +136,11 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 _LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "^": r"\^{}",
+    "~": r"\~{}",
     "†": r"$\dagger$",
     "_": r"\_",
     "%": r"\%",

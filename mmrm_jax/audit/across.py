@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from mmrm_jax.audit.baselines import MIN_COMPARISONS, accuracy_by_unit
+from mmrm_jax.audit.baselines import MIN_COMPARISONS
 from mmrm_jax.audit.features import Words
 from mmrm_jax.audit.near import THRESHOLD, jaccard, near_pairs
 from mmrm_jax.audit.pairs import Pairs
-from mmrm_jax.audit.study import WORDS, Study, difference_rows
+from mmrm_jax.audit.study import WORDS, Study, difference_rows, resampled
 from mmrm_jax.eval.metrics import correctness, interval, named_rng
 
 _EXAMPLES = 3  # pairs of near duplicates shown, per environment
@@ -36,9 +36,9 @@ def transfer(studies: Sequence[Study], words: Words) -> list[dict[str, Any]]:
             if test is train:
                 rows.append(_own(train))
                 continue
-            apart = ~_met(_judged(test.pairs), _judged(train.pairs))
-            margins = difference_rows(words, test.pairs)[np.flatnonzero(apart)] @ train.weights
-            rows.append(_cell(train.pairs.name, test.pairs, margins, test.pairs.unit[apart]))
+            apart = np.flatnonzero(~_met(_judged(test.pairs), _judged(train.pairs)))
+            margins = difference_rows(words, test.pairs)[apart] @ train.weights
+            rows.append(_cell(train.pairs.name, test, margins, apart))
     return rows
 
 
@@ -49,12 +49,13 @@ def _own(study: Study) -> dict[str, Any]:
     return {"train": name, "test": name, "n": len(study.pairs)} | numbers
 
 
-def _cell(train: str, test: Pairs, margins: Float[np.ndarray, "n"], unit: Int[np.ndarray, "n"]) -> dict[str, Any]:
-    row: dict[str, Any] = {"train": train, "test": test.name, "n": len(margins)}
+def _cell(train: str, test: Study, margins: Float[np.ndarray, "n"], apart: Int[np.ndarray, "n"]) -> dict[str, Any]:
+    name = test.pairs.name
+    row: dict[str, Any] = {"train": train, "test": name, "n": len(margins)}
     if len(margins) < MIN_COMPARISONS:
         return row | {"accuracy": None, "low": None, "high": None}
     columns = np.stack([correctness(margins), np.ones(len(margins))], axis=-1)[:, None]
-    draws = accuracy_by_unit(columns, unit, named_rng("audit", train, test.name))[:, 0]
+    draws = resampled(columns, test.pairs, test.by_text, named_rng("audit", train, name), apart)[:, 0]
     low, high = interval(draws[1:])
     return row | {"accuracy": float(draws[0]), "low": low, "high": high}
 

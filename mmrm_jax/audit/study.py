@@ -46,6 +46,11 @@ class Study:
     margins: Float[np.ndarray, "C"] | None
     weights: Float[np.ndarray, "F"] | None
 
+    @property
+    def by_text(self) -> bool:
+        """Whether texts are resampled, since so many come back with other images."""
+        return self.result["responses"]["repeated"] >= REPEATED
+
 
 def study(
     pairs: Pairs,
@@ -135,20 +140,25 @@ def _measured(
 ) -> dict[str, Any]:
     """A baseline's accuracy with an interval, and the resamples it comes from."""
     columns = np.stack([correctness(margins), np.ones(len(margins))], axis=-1)[:, None]
-    draws = _resampled(columns, pairs, by_text, rng)[:, 0]
+    draws = resampled(columns, pairs, by_text, rng)[:, 0]
     low, high = interval(draws[1:])
-    resampled = "texts" if by_text else "images"
-    row = {"name": name, "accuracy": float(draws[0]), "low": low, "high": high, "resampled": resampled}
+    row = {"name": name, "accuracy": float(draws[0]), "low": low, "high": high}
+    row["resampled"] = "texts" if by_text else "images"
     return row | {"draws": draws[1:]}
 
 
-def _resampled(
-    columns: Float[np.ndarray, "C J 2"], pairs: Pairs, by_text: bool, rng: np.random.Generator
+def resampled(
+    columns: Float[np.ndarray, "C J 2"],
+    pairs: Pairs,
+    by_text: bool,
+    rng: np.random.Generator,
+    only: Int[np.ndarray, "C"] | slice = slice(None),
 ) -> Float[np.ndarray, "B J"]:
+    """Ratios of J (points, count) columns of some of an environment's comparisons, as `accuracy_by_unit` has them."""
     if by_text:
-        chosen, rejected = _own_texts(pairs)
+        chosen, rejected = _own_texts(pairs)[:, only]
         return accuracy_by_text(columns, chosen, rejected, rng)
-    return accuracy_by_unit(columns, pairs.unit, rng)
+    return accuracy_by_unit(columns, pairs.unit[only], rng)
 
 
 def _own_texts(pairs: Pairs) -> Int[np.ndarray, "2 C"]:
@@ -167,7 +177,7 @@ def _styles(
     """Per style: in how many comparisons the two differ, and how often the chosen one has more of it there."""
     if not len(pairs):
         return []
-    draws = _resampled(agreement_columns(more), pairs, by_text, rng)
+    draws = resampled(agreement_columns(more), pairs, by_text, rng)
     rows = []
     enough = len(np.unique(pairs.unit)) >= MIN_UNITS
     for i, name in enumerate(STYLES):

@@ -92,7 +92,7 @@ def headline(summary: Sequence[Mapping[str, Any]]) -> list[str]:
     compared = [row["objective"] for row in summary if row["versus"] == BASELINE]
     if not compared:
         return ["There is no pair of standard and other training to compare here; the numbers stand below."]
-    method = _METHOD if _METHOD in compared else compared[0]
+    method = next((name for name in (_METHOD, *compared) if name in compared and name != "text_only"), compared[0])
     name = "Shortcut-aware training" if method == _METHOD else f"Training with {method}"
     changes = (("ood", "out of distribution"), ("iid", "in distribution"), ("other", "on the other tests"))
     found = [(where, pair) for measure, where in changes if (pair := _pair(summary, method, measure))]

@@ -198,9 +198,10 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def axis_label(label: str) -> str:
-    """A label short enough for an axis, without what fonts cannot draw or matplotlib would read as a formula."""
-    short = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+def axis_label(label: str, most: int = _LABEL) -> str:
+    """A label short enough for an axis, of at most so many characters, without what fonts cannot draw or matplotlib
+    would read as a formula."""
+    short = label if len(label) <= most else label[: most - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 

@@ -61,6 +61,24 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """One device for a file's commands, as on a laptop: what is compiled for eight takes longer to compile and to run.
+
+    For files that say nothing of devices; processes that they start see one, too.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "local_devices", lambda *_: first)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        patch.setattr(jax, "local_device_count", lambda *_: 1)
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(f"device_count={DEVICES}", "device_count=1"))
+        yield
+
+
 @pytest.fixture
 def strict_numerics() -> Iterator[None]:
     """Raise where dtypes or ranks are promoted implicitly: our own code must not, libraries may."""

@@ -20,6 +20,8 @@ from mmrm_jax.eval import matrix
 from mmrm_jax.eval.matrix import forward_passes
 from mmrm_jax.train.program import build_program
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_every_combination_is_a_point() -> None:
     grid = ("shapes.label_noise=0,0.25", "matrix.train.proxy_input=absent,blank", "matrix.train.steps=None")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import run, write_pairs
+from pictures import png
+from rich.console import Console
 
 import mmrm_jax
 from mmrm_jax.bench.metrics import length_margins, metric_rows
-from mmrm_jax.bench.readers import read_benchmark, vl_group
+from mmrm_jax.bench.overlap import overlap, read_trained
+from mmrm_jax.bench.readers import Item, read_benchmark, vl_group
+from mmrm_jax.bench.run import text_margins
+from mmrm_jax.data import processor
 from mmrm_jax.data.records import DataError
+from mmrm_jax.data.sources import image_identities
+from mmrm_jax.types import Comparison, Group
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +155,94 @@ def test_a_benchmark_from_file_to_table(capsys, folder: Path, model: Path, tmp_p
     status, text = run(capsys, *command, "--trained-on", folder / "b.jsonl")
     overlap = json.loads((tmp_path / "r.json").read_text())["overlap"]
     assert (overlap["with a seen image"], overlap["with a seen answer"], overlap["fresh"]) == (0, 5, 0)
+
+
+@pytest.mark.parametrize("sees", ["blank", "absent"])
+def test_the_proxy_reads_no_image(monkeypatch, folder: Path, model: Path, tmp_path: Path, sees: str) -> None:
+    """And gives what it gives beside the images: of none, of one and of two; a few batches are held at once."""
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"proxy_input": sees}))
+    one, two = (folder / "images" / f"a-{i}.png" for i in range(2))
+    groups = [
+        Group(f"{i}", f"Colour {i}?", ("It is red.", "blue"), (Comparison(i % 2, 1 - i % 2),), None, "e", "f", i)
+        for i in range(23)
+    ]
+    groups[1::3] = [dataclasses.replace(group, image=one) for group in groups[1::3]]
+    groups[2::3] = [dataclasses.replace(group, image=one, more_images=(two,)) for group in groups[2::3]]
+    rm = mmrm_jax.load(tmp_path / "model", proxy=True, batch_size=8)
+    rewards = rm.score_many([(list(g.images), g.prompt, g.responses) for g in groups], "proxy")
+    margins = [(r[0] - r[1]) * (1 if i % 2 == 0 else -1) for i, r in enumerate(rewards)]
+
+    def no(*_) -> None:
+        raise AssertionError("an image is read")
+
+    monkeypatch.setattr(processor, "load_image", no)
+    monkeypatch.setattr(processor, "image_size", no)
+    items = [Item(group, "c", group.id) for group in groups]
+    found = text_margins(mmrm_jax.load(tmp_path / "model", batch_size=8), items, 8, Console(quiet=True))
+    assert np.ptp(margins) > 0
+    np.testing.assert_allclose(found, margins, atol=1e-5)
+
+
+def test_training_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    picture = png()
+    (tmp_path / "i.png").write_bytes(picture)
+    pair = {"prompt": "p", "rejected": "z"}
+    rows = [pair | {"id": "0", "img_path": "i.png", "chosen": "x"}]
+    rows += [pair | {"id": f"{k}", "img_path": "gone.png", "chosen": f"answer {k}"} for k in range(1, 10)]
+    rows += [{"id": "10", "prompt": "nothing that is known", "img_path": "i.png"}]
+    one = jsonl(tmp_path / "one.jsonl", rows)
+    two = jsonl(tmp_path / "two.jsonl", [{"prompt": "q", "img_path": None, "responses": ["answer 11", " "]}])
+    groups = [
+        Group(
+            f"{k}", "p", (f"answer {k}", "other"), (Comparison(0, 1),), picture if k == 12 else b"%d" % k, "e", "f", k
+        )
+        for k in range(1, 13)
+    ]
+    groups.append(Group("13", "q", ("a", "b"), (Comparison(0, 1),), None, "e", "f", 13))
+    items = [Item(group, "c", group.id) for group in groups]
+    known = [image_identities(group, {}) for group in groups]
+    for specs in ([f"{one}+{two}"], [str(one), f"{two}@scoring"]):
+        trained = read_trained(specs)
+        assert [(q.row, q.id, q.reason.partition(":")[0]) for q in trained.unread] == [
+            *((k + 1, f"{k}", "missing image file") for k in range(1, 10)),
+            (11, "10", "unknown format"),
+        ]
+        seen = overlap(items, known, trained)
+        assert [k for k, each in enumerate(seen, 1) if each["answer"]] == [*range(1, 10), 11]
+        assert [k for k, each in enumerate(seen, 1) if each["image"]] == [12, 13]  # without an image, by the prompt
+
+
+def test_training_files_are_read_beside_their_images(capsys, folder: Path, model: Path, tmp_path: Path) -> None:
+    """Whatever the image root of the benchmark; in a folder whose name would end a style of Rich's."""
+    trained = tmp_path / "[" / "b]"
+    file = write_pairs(trained, "a", 8, seed=ord("a"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["img_path"] = "images/gone.png"
+    jsonl(file, rows)
+    asked = {"Text": "Colour?", "Output1": "red", "Output2": "blue", "Better": "Output1", "Category": "[/b]"}
+    pairs = [asked | {"ID": i, "Image": f"a-{i}.png"} for i in range(2)]
+    data = jsonl(trained / "mm.jsonl", [*pairs, asked | {"ID": 3, "Image": "none.png"}])
+    command = ["bench", data, "--model", model, "--image-root", folder / "images", "--out", tmp_path / "out"]
+    status, text = run(capsys, *command, "--trained-on", file, "--json", tmp_path / "r.json")
+    text = text.replace("\n", "")
+    assert status == 0 and "1 training rows not read whole" in text and "[/b]" in text, text
+    assert "1 pairs show an image" in text and "(or more: 1 of their rows could not be read whole)" in text, text
+    overlap = json.loads((tmp_path / "r.json").read_text())["overlap"]
+    assert (overlap["with a seen image"], overlap["unread"], overlap["fresh"]) == (1, 1, 1)
+
+
+def test_training_files_that_cannot_be_used_are_named_before_anything_is_scored(capsys, folder: Path, tmp_path) -> None:
+    unknown = jsonl(tmp_path / "unknown.jsonl", [{"question": "x"}])
+    command = ["bench", vl_rewardbench(folder), "--model", tmp_path / "none", "--trained-on", folder / "a.jsonl"]
+    for file, message in (
+        (tmp_path / "gone.jsonl", "gone.jsonl does not exist"),
+        (unknown, "unknown.jsonl holds no usable row. 1 quarantined:   1 x unknown format"),
+        (tmp_path, "holds no prepared data set"),
+    ):
+        status, text = run(capsys, *command, file)
+        assert status == 2 and message in text.replace("\n", " "), text
 
 
 def test_what_is_no_benchmark_is_refused(capsys, folder: Path, model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from mmrm_jax.ablate.policy import policy_path
 from mmrm_jax.data.shapes import FILLERS, VALUES, sample_candidates
 from mmrm_jax.eval.best_of import best_of_curve, best_of_kl, best_of_weights, doubling, expected_best
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def by_enumeration(rewards: np.ndarray, values: np.ndarray, n: int) -> float:
     """The mean over all n of the responses; of several best, the mean of these."""

@@ -23,6 +23,8 @@ from mmrm_jax.eval.matrix_data import fingerprints, open_data, set_names
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.checkpoint import check_config, write_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_help_and_unknown_commands(capsys):
     status, text = run(capsys, "--help")

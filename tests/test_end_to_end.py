@@ -25,6 +25,8 @@ from mmrm_jax.train.setup import Checkpoint, initial_params, open_checkpoint
 from mmrm_jax.train.state import TrainState
 from mmrm_jax.types import Group
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FILES = ("config.json", "model.safetensors", "proxy.safetensors", "expected.json", "token_ids.npz", "outputs.npz")
 every_set = pytest.mark.parametrize("folder", fixtures("e2e", *FILES))
 TOLERANCE = 1e-5

@@ -20,6 +20,8 @@ from mmrm_jax.eval.matrix_data import open_data
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import encode, open_checkpoint, open_spec
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = ["--steps", 2, "--batch-size", 8, "--data.holdout", 0, "--data.buckets", 1]
 
 

@@ -30,6 +30,8 @@ from mmrm_jax.train.setup import training_steps
 from mmrm_jax.train.state import TrainState, init_params
 from mmrm_jax.types import Comparison, Group
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=4, width=16, mlp_width=16, num_layers=1, num_heads=2),
     decoder=DecoderConfig(

@@ -42,6 +42,8 @@ from mmrm_jax.train.checkpoint import CheckpointError
 from mmrm_jax.train.progress import make_progress
 from mmrm_jax.types import Comparison, Group, Quarantined
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def make_group(index: int, image: Path | bytes | None, prompt: str = "p") -> Group:
     return Group(f"g{index}", prompt, ("good", "bad"), (Comparison(0, 1),), image, "e", "f", index + 1)

@@ -12,6 +12,8 @@ from mmrm_jax.eval.profile import count_tokens
 from mmrm_jax.eval.profile_trace import Time, part_of, read_trace, scopes
 from mmrm_jax.plan.hardware import CHIPS, find_chip
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 HLO = """
 ENTRY %main (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)

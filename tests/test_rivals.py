@@ -25,6 +25,8 @@ from mmrm_jax.train.state import HEADS
 from mmrm_jax.train.step import response_lengths
 from mmrm_jax.types import Comparison
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DOCS = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
 LN2, LN3 = math.log(2), math.log(3)
 SURE = LN3  # a margin with p = 3/4: L = ln 4/3, and ln 4 the other way round

@@ -21,6 +21,8 @@ from mmrm_jax.models.hf.weights import load_params
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.state import abstract_model
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CLOSE = 1e-5
 
 

@@ -11,6 +11,8 @@ from mmrm_jax.data.records import DataError
 from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.types import Group
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PAIR = {"id": "a", "prompt": "p", "img_path": "i.png", "chosen": "good", "rejected": "bad"}
 
 

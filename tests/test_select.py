@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import run
 
 from mmrm_jax.eval.best_of import expected_best
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def write(path: Path, lines: list[dict]) -> Path:
@@ -81,6 +85,45 @@ def test_what_cannot_be_used_is_named(capsys, monkeypatch, tmp_path: Path, chang
     file = write(tmp_path / "changed.jsonl", [lines[0] | change, *lines[1:]])
     status, text = run(capsys, "best-of-n", file, "--out", "best.jsonl", *options)
     assert status == 2 and message in text.replace("\n", " "), text
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_files_that_are_read_are_not_overwritten(capsys, tmp_path: Path, option: str, link) -> None:
+    file, _ = scored(tmp_path)
+    gold = tmp_path / "gold.jsonl"
+    gold.write_bytes(file.read_bytes())
+    before = file.read_bytes()
+    command = ["best-of-n", file, "--gold-scores", gold, "--out", tmp_path / "best.jsonl"]
+    for read in (file, gold):
+        same = read.parent / "." / read.name
+        if link is not None:
+            same = tmp_path / f"link-to-{read.name}"
+            link(same, read)
+        status, text = run(capsys, *command, option, same)
+        assert status == 2 and f"{option} {same} would overwrite {read}" in text.replace("\n", " "), text
+        assert file.read_bytes() == gold.read_bytes() == before and not (tmp_path / "best.jsonl").exists()
+    status, text = run(capsys, *command, "--plot", tmp_path / "best.jsonl")
+    assert status == 2 and "--plot" in text and not (tmp_path / "best.jsonl").exists(), text
+
+
+def test_columns_of_parquet_are_null_where_a_line_lacks_them(capsys, tmp_path: Path) -> None:
+    file, lines = scored(tmp_path)
+    columns: list[dict] = [line | {"response": f"{i}", "error": None} for i, line in enumerate(lines)]
+    columns.insert(3, {"id": "1", "score": None, "error": "the image cannot be read"})
+    (tmp_path / "[").mkdir()
+    same = tmp_path / "[" / "b].parquet"  # [/b] ends nothing
+    pq.write_table(pa.Table.from_pylist(columns), same)
+    found = []
+    for each in (file, same):
+        command = ["best-of-n", each, "--out", f"{each}.best", "--gold", "human", "--json", tmp_path / "r.json"]
+        status, text = run(capsys, *command)
+        assert status == 0 and "left out: 1 lines" in text, text
+        found.append(json.loads((tmp_path / "r.json").read_text()) | {"out": ""})
+    assert found[0] == found[1]
+    pq.write_table(pa.Table.from_pylist([*columns, columns[3] | {"error": None}]), same)
+    status, text = run(capsys, "best-of-n", same, "--out", tmp_path / "best.jsonl")
+    assert status == 2 and "row 11: 'score' is None; it must be a finite number" in text.replace("\n", " "), text
 
 
 def test_files_without_scores_are_refused(capsys, tmp_path: Path) -> None:

@@ -205,11 +205,9 @@ def test_clients_at_once_get_their_own_answers(client: httpx.Client, rm: Scorer)
 
 def test_what_waits_together_runs_together(rm: Scorer) -> None:
     sizes: list[int] = []
-    batcher = Batcher(Prefixes(rm, 2**20), queue=20, wait=0.2, on_batch=lambda groups, _: sizes.append(groups))
+    batcher = Batcher(Prefixes(rm, 2**20), wait=0.2, on_batch=lambda groups, _: sizes.append(groups))
     groups = [Asked(rm.encode([], f"Question {i}?", ["An answer."], alone=True)[0]) for i in range(10)]
     futures = batcher.submit(groups)
-    with pytest.raises(QueueFullError, match="at most 20 may"):
-        batcher.submit(groups * 2)
     futures[3].cancel()
     found = [future.result(60) for i, future in enumerate(futures) if i != 3]
     assert sizes in ([7, 2], [8, 2], [8, 1])  # a full batch of eight, and the rest; one of them is cancelled
@@ -220,17 +218,6 @@ def test_what_waits_together_runs_together(rm: Scorer) -> None:
     assert late[0].done()  # closing answers what waits
     with pytest.raises(QueueFullError, match="stopping"):
         batcher.submit(groups[:1])
-
-
-def test_too_much_at_once_is_told_to_come_back(rm: Scorer) -> None:
-    running = Running(rm, Limits(queue=1, responses=200), warm=False)
-    while running.client.get("/ready").status_code != 200:
-        time.sleep(0.05)
-    body = {"prompt": "p", "responses": [f"{i}" for i in range(150)]}  # three groups of up to 64
-    answer = running.client.post("/v1/score", json=body)
-    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
-    assert running.client.post("/v1/score", json={"prompt": "p", "responses": ["a"]}).status_code == 200
-    running.stop()
 
 
 # --- who may ask, and what is refused -------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from mmrm_jax.eval.evaluate import Evaluation
 from mmrm_jax.eval.stages import with_margins
 from mmrm_jax.objectives import Before, find_objective
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 GIVEN = {"primary": [1.0, -1.0, 2.0, 0.0], "proxy": [-1.0, 1.0, 0.0, SURE]}
 
 

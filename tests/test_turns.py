@@ -17,6 +17,8 @@ from mmrm_jax.serve.schemas import ClassifyRequest, Message, OpenRlhfRequest, Sc
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.types import Group
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 HISTORY, PROMPT, RESPONSES = ("What is it?", "A red circle."), "Is it big?", ["Yes, it is.", "No."]
 CLOSE = 1e-5
 

@@ -129,12 +129,12 @@ def prepare(argv: Sequence[str], console: Console) -> dict[str, Any]:
         console.print(summarise_quarantine(result.quarantined))
         console.print(f"all of them: {result.quarantine_file}")
     for overlap in result.overlaps:
-        console.print(describe_overlap(overlap), style="yellow", markup=False, highlight=False)
+        console.print(describe_overlap(overlap), style="yellow", highlight=False)
     if result.overlaps:
         console.print(f"all of them: {result.duplicates_file}", soft_wrap=True)
     for split in [r.split for r in result.reports if r.comparisons][:1]:
         train_on = ("mmrm", "train", "--data", f"{args.out}:{split}", "--out", f"runs/{split}")
-        console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"train on it: {shlex.join(train_on)}", soft_wrap=True, highlight=False)
     shared = [
         {"first": o.first, "second": o.second, "images": o.images, "groups": len(o.groups)} for o in result.overlaps
     ]
@@ -336,8 +336,10 @@ def run(argv: Sequence[str]) -> None:
     try:
         if argv[0] in SEVERAL and not {"-h", "--help"} & set(argv):
             distributed.initialize()
+        # What is printed, names of files say, is text and no markup.
+        console = Console(quiet=not distributed.is_main(), markup=False, emoji=False)
         with compiler_memory_released():
-            COMMANDS[argv[0]][0](argv[1:], Console(quiet=not distributed.is_main()))
+            COMMANDS[argv[0]][0](argv[1:], console)
         distributed.shutdown()
     except Preempted as stopped:
         distributed.shutdown()

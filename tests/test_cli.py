@@ -238,6 +238,17 @@ def test_a_list_given_twice_is_refused_since_only_the_last_would_count(capsys, c
         assert status == 2 and f"{option} is given twice" in text, text
 
 
+def test_names_of_files_are_no_markup(capsys, tmp_path):
+    folder = tmp_path / "x[/b]"
+    folder.mkdir(parents=True)
+    file = write_pairs(folder, "a[red]", 4)
+    file.write_text(file.read_text() + "{}\n")
+    status, text = run(capsys, "train", "--data", file, "--out", folder / "run", "--steps", 1, "--batch-size", 8)
+    assert status == 0 and "x[/b]/a[red].jsonl" in text.replace("\n", ""), text
+    status, text = run(capsys, "audit", file, "--out", folder / "audit")
+    assert status == 0 and "x[/b]/audit/report.html" in text.replace("\n", ""), text
+
+
 def test_what_a_command_does_not_read_is_refused(capsys, tmp_path):
     status, text = run(capsys, "quickstart", "--root", "x", "--out", tmp_path / "o")
     assert status == 2 and "renders its own data" in text

@@ -66,7 +66,7 @@ def run_ablation(config: AblateConfig, console: Console, command: str) -> dict[s
     _write(out / "table.csv", as_csv(rows))
     write_page(out / "report.html", title, command, facts, rows, {p.name: f"{p.folder}/report.html" for p in grid})
     # A log has no width that a table would have to keep to.
-    wide = console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=WIDE)
+    wide = console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=WIDE, markup=False)
     for point in grid:
         wide.print(terminal_table(rows, point.name))
     console.print(legend(rows, intervals=False))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress as RichProgress
 
 from mmrm_jax.audit.across import near_duplicates, overlap, text_families, transfer
@@ -42,7 +43,7 @@ def audit(
     started = time.monotonic()
     named, report = name_data(data), out / "report.html"
     if report.exists():
-        console.print(f"{report} is there, and will be replaced", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{report} is there, and will be replaced", soft_wrap=True, highlight=False)
     opened: list[tuple[str, str, GroupSource]] = []
     quarantined: list[Quarantined] = []
     with keep_quarantine(out / "quarantine.jsonl"):
@@ -51,11 +52,11 @@ def audit(
             opened.append((name, spec, source))
             quarantined += bad
     if quarantined:
-        console.print(summarise_quarantine(quarantined), markup=False)
+        console.print(summarise_quarantine(quarantined))
     with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def progress(name: str, items: Iterable) -> Iterable:
-            return bar.track(list(items), description=name)
+            return bar.track(list(items), description=escape(name))
 
         corpus = index_comparisons(opened, lambda name, rows: progress(f"reading {name}", rows))
         result, examples = study_corpus(corpus, progress)
@@ -65,7 +66,7 @@ def audit(
     write_quarantine(out / "quarantine.jsonl", quarantined)
     write_page(report, AuditPage(command, result, examples, quarantined))
     print_audit(result, console)
-    console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"report: {report}", soft_wrap=True, highlight=False)
     return result
 
 

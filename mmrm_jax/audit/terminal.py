@@ -43,12 +43,12 @@ def print_audit(result: Mapping[str, Any], console: Console) -> None:
         found = each["verdict"]
         console.print(Text.assemble((f"{each['name']}: ", "bold"), (found["level"], _COLOURS[found["level"]])))
         for sentence in found["sentences"]:
-            console.print(f"  {sentence}", markup=False, highlight=False)
+            console.print(f"  {sentence}", highlight=False)
     for sentence in result["across"]:
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence, highlight=False)
     if command := furthest(environments)["verdict"]["command"]:
-        console.print("a text-only model says more: " + command, soft_wrap=True, markup=False, highlight=False)
-    console.print(result["definition"], markup=False, highlight=False, style="dim")
+        console.print("a text-only model says more: " + command, soft_wrap=True, highlight=False)
+    console.print(result["definition"], highlight=False, style="dim")
 
 
 def _table(grid: Grid) -> Table:

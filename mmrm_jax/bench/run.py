@@ -14,16 +14,16 @@ from rich.progress import track
 from rich.table import Table
 
 from mmrm_jax.bench.metrics import OVERALL, length_margins, metric_rows
+from mmrm_jax.bench.overlap import overlap, read_trained
 from mmrm_jax.bench.readers import Benchmark, Item, read_benchmark
 from mmrm_jax.config import MeshConfig
 from mmrm_jax.data.pipeline import buckets_for, index_source
-from mmrm_jax.data.records import DataError, raise_first, summarise_quarantine, write_quarantine
+from mmrm_jax.data.records import raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import MemorySource, connected, image_identities
 from mmrm_jax.eval.score import Scored, score_source
-from mmrm_jax.eval.scorer import VIEWS, Scorer, open_scorer, with_proxy
+from mmrm_jax.eval.scorer import Branch, Scorer, open_scorer, with_proxy
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.sharding import make_mesh, whole_batch
-from mmrm_jax.train.setup import open_spec
 from mmrm_jax.types import Quarantined
 
 LONGER = "longer answer"
@@ -45,12 +45,18 @@ def bench(
 
     Beside the model are the longer answer and, where the checkpoint folder holds a proxy, text alone. With preference
     files in `trained_on` it is said how many pairs have an image or an answer in common with them, and how the model
-    does on the others. Raises DataError where the benchmark cannot be read, ValueError where the model cannot.
+    does on the others. `image_root` is the benchmark's. Raises DataError where it or a training file cannot be read,
+    ValueError where the model cannot.
     """
     benchmark, items, left_out = read_benchmark(data, image_root, name)
+    trained = read_trained(trained_on) if trained_on else None
+    if trained is not None and trained.unread:
+        what = "training rows not read whole, whose images do not count as seen (answers do where they can be read)"
+        console.print(summarise_quarantine(trained.unread, what))
     scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
     asked = collections.Counter(item.question for item in items)
-    items, margins, unread = scored_pairs(items, scorer, whole_batch(batch_size, scorer.mesh), console)
+    batch_size = whole_batch(batch_size, scorer.mesh)
+    items, margins, unread = scored_pairs(items, scorer, batch_size, console)
     missing = {entry.id for entry in left_out} | (asked - collections.Counter(item.question for item in items)).keys()
     left_out += unread
     out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,7 @@ def bench(
     if not items:
         raise_first(left_out)
     judges = {"model": margins}
-    if (text := text_margins(scorer, items)) is not None:
+    if (text := text_margins(scorer, items, batch_size, console)) is not None:
         judges["text only (proxy)"] = text
     judges[LONGER] = length_margins([_texts(item) for item in items])
     known = _identities(items)
@@ -66,29 +72,31 @@ def bench(
     categories = [item.category for item in items]
     questions = [None if item.question in missing else item.question for item in items]
     rows = metric_rows(judges, categories, questions, clusters, by_question=benchmark.by_question)
-    seen = overlap(items, known, trained_on, image_root) if trained_on else None
+    seen = overlap(items, known, trained) if trained is not None else None
     _write_pairs(out / "pairs.jsonl", items, judges, seen)
     console.print(_table(benchmark, rows))
     console.print(benchmark.note, soft_wrap=True)
     if left_out:
         console.print(summarise_quarantine(left_out, f"left out of {data}"))
     result = {"benchmark": benchmark.key, "pairs": len(items), "left_out": len(left_out), "rows": rows}
-    if seen is not None:
+    if seen is not None and trained is not None:
         result["overlap"] = _overlap_result(seen, judges, categories, questions, clusters)
+        result["overlap"]["unread"] = len(trained.unread)
         console.print(_overlap_sentence(result["overlap"], trained_on), soft_wrap=True)
     return result | {"note": benchmark.note}
 
 
 def scored_pairs(
-    items: Sequence[Item], scorer: Scorer, batch_size: int, console: Console
+    items: Sequence[Item], scorer: Scorer, batch_size: int, console: Console, branch: Branch = "primary"
 ) -> tuple[list[Item], np.ndarray, list[Quarantined]]:
-    """(pairs that could be scored, the model's margin for the better answer of each, the others)."""
+    """(pairs that could be scored, a branch's margin for the better answer of each, the others)."""
     source = MemorySource(tuple(item.group for item in items))
-    data, unfit = index_source(source, scorer.checkpoint.processor, VIEWS, cache=False)
+    data, unfit = index_source(source, scorer.checkpoint.processor, {branch: scorer.views[branch]}, cache=False)
     kept: list[Item] = []
     margins: list[float] = []
     if len(data):
-        found = score_source(data, scorer, range(len(data)), batch_size=batch_size, buckets=buckets_for([data], 4))
+        sizes = buckets_for([data], 4)
+        found = score_source(data, scorer, range(len(data)), batch_size=batch_size, buckets=sizes, branch=branch)
         bar = track(found, "scoring", total=len(data), console=console, transient=True, disable=not console.is_terminal)
         for place, scored in zip(data.kept, bar, strict=True):
             if isinstance(scored.found, str):
@@ -105,39 +113,15 @@ def _problem(scored: Scored) -> Quarantined:
     return Quarantined(group.file, group.row, str(scored.found), group.id)
 
 
-def text_margins(scorer: Scorer, items: Sequence[Item]) -> np.ndarray | None:
-    """The margins of the proxy in the model's folder; None where there is none."""
+def text_margins(scorer: Scorer, items: Sequence[Item], batch_size: int, console: Console) -> np.ndarray | None:
+    """The margins of the proxy in the model's folder, which looks at no image; None where there is none."""
     try:
         beside = with_proxy(scorer)
     except ValueError:
         return None
-    groups = [item.group for item in items]
-    asked = [(list(group.images) or None, group.prompt, group.responses, group.history) for group in groups]
-    rewards = beside.score_many(asked, "proxy")
-    pairs = (item.group.comparisons[0] for item in items)
-    return np.asarray([float(r[c.winner] - r[c.loser]) for r, c in zip(rewards, pairs, strict=True)], np.float64)
-
-
-def overlap(
-    items: Sequence[Item], known: Sequence[Sequence[str]], trained_on: Sequence[str], image_root: Path | None
-) -> list[dict[str, bool]]:
-    """For each pair whether the training files show one of its images, and whether they hold one of its answers."""
-    images: set[str] = set()
-    answers: set[str] = set()
-    hashes: dict[Path, str] = {}
-    for spec in trained_on:
-        source, _ = open_spec(spec, Path(), image_root)
-        for i in range(len(source)):
-            group = source[i]
-            answers |= set(group.responses)
-            try:
-                images |= set(image_identities(group, hashes))
-            except DataError:  # training left it out, too
-                continue
-    return [
-        {"image": not images.isdisjoint(names), "answer": not answers.isdisjoint(item.group.responses)}
-        for item, names in zip(items, known, strict=True)
-    ]
+    _, margins, unread = scored_pairs(items, beside, batch_size, console, "proxy")
+    raise_first(unread)
+    return margins
 
 
 def _identities(items: Sequence[Item]) -> list[list[str]]:
@@ -201,6 +185,8 @@ def _overlap_result(
 def _overlap_sentence(found: dict[str, Any], trained_on: Sequence[str]) -> str:
     images, answers = found["with a seen image"], found["with a seen answer"]
     said = f"{images} pairs show an image of {', '.join(trained_on)}, {answers} hold an answer of theirs"
+    if found["unread"]:
+        said += f" (or more: {found['unread']} of their rows could not be read whole)"
     if not found["rows"]:
         return said + "; none is without"
     row = found["rows"][0]

@@ -135,6 +135,6 @@ def print_description(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, text)
     console.print(table)
     for problem in found["problems"]:
-        console.print(f"problem: {problem}", style="red", markup=False)
+        console.print(f"problem: {problem}", style="red")
     if not found["problems"]:
         console.print("nothing is missing" if found["score_head"] else "nothing but the score head is missing")

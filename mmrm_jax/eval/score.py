@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from mmrm_jax.config import MeshConfig
@@ -25,7 +26,7 @@ from mmrm_jax.data.scoring import ScoringRow, read_scoring, row_of_group
 from mmrm_jax.data.sources import GroupSource, MemorySource, fingerprint
 from mmrm_jax.distributed import barrier, is_main
 from mmrm_jax.eval.score_parts import Parts, as_json
-from mmrm_jax.eval.scorer import VIEWS, Scorer, open_scorer
+from mmrm_jax.eval.scorer import VIEWS, Branch, Scorer, open_scorer
 from mmrm_jax.sharding import make_mesh, whole_batch
 from mmrm_jax.train.setup import describe_data, model_fingerprint, open_spec
 from mmrm_jax.types import Batch, Group, Quarantined
@@ -57,7 +58,7 @@ class ReadBatch:
             self.buckets,
             num_groups=self.batch_size,
             micro_batches=1,
-            views=VIEWS,
+            views=self.data.views,
             room_for=[self.data.shapes[int(p)] for p in positions],
         )
         problems = [e.reason if isinstance(e, Quarantined) else None for e in encoded]
@@ -65,11 +66,20 @@ class ReadBatch:
 
 
 def score_source(
-    data: EncodedSource, scorer: Scorer, positions: Sequence[int], *, batch_size: int, buckets: Buckets
+    data: EncodedSource,
+    scorer: Scorer,
+    positions: Sequence[int],
+    *,
+    batch_size: int,
+    buckets: Buckets,
+    branch: Branch = "primary",
 ) -> Iterator[Scored]:
-    """The groups at `positions` in order, scored, or why they cannot be read; `batch_size` is what devices divide."""
+    """The groups at `positions` in order, scored, or why they cannot be read; `batch_size` is what devices divide.
+
+    `data` was indexed with what `branch` sees; at most a few batches of it are held at once.
+    """
     for batch, found in batches(ListPlan(positions, batch_size), ReadBatch(data, buckets, batch_size)):
-        rewards = scorer.run(batch)
+        rewards = scorer.run(batch, branch)
         rows = (values[last >= 0] for values, last in zip(rewards, batch.responses.last, strict=True))
         for group, problem in found:
             yield Scored(group, next(rows) if problem is None else problem)
@@ -95,41 +105,43 @@ def score_file(
     interrupted; finished ones lie beside `out` until it is whole. Several processes share out the parts.
     Raises ValueError where `out` cannot be written or is the data itself, and for a checkpoint without a score head,
     unless `draw_score` is the seed that one is drawn from; DataError for a file that cannot be read or has no rows;
-    CheckpointError where the parts are of other data, of another model or of other settings.
+    CheckpointError where the parts are of other data, of another model or of other settings, and where another command
+    is at work on them.
     """
     for name, value in (("--batch-size", batch_size), ("--buckets", buckets)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     _check_out(out, spec)
-    source, rows = _open_rows(spec, image_root)
+    source, rows = open_rows(spec, image_root)
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     scorer, drawn = open_scorer(model, mesh, dtype, batch_size, draw_score)
     if out.exists():
-        console.print(f"{out} is there, and will be replaced once all is scored", highlight=False, markup=False)
+        console.print(f"{out} is there, and will be replaced once all is scored", highlight=False)
     if drawn:
         console.print(f"not in the checkpoint, drawn from seed {draw_score}: {', '.join(drawn)}")
     settings = {"dtype": dtype, "batch_size": batch_size, "buckets": buckets, "draw_score": draw_score}
     prints = {"model": model_fingerprint(model), "data": [fingerprint(source, {}), _lines_print(rows)]}
-    parts = Parts.begin(out, settings | prints | {"devices": len(mesh.devices.flat)})
-    data, unfit = index_source(
-        source, scorer.checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
-    )
-    reasons = dict(zip(sorted(set(range(len(source))) - set(data.kept)), (q.reason for q in unfit), strict=True))
-    sizes = buckets_for([data], buckets) if len(data) else None
-    if sizes is not None:
-        console.print(describe_data([data], sizes))
-    work = Scoring(data, reasons, rows, scorer, whole_batch(batch_size, mesh), sizes)
-    missing = [k for k in range(work.parts) if not parts.done(k)]
-    if len(missing) < work.parts:
-        console.print(f"going on: {work.parts - len(missing)} of {work.parts} parts are in {parts.folder}")
-    barrier("score what is missing")  # before any process adds to what is there
-    for k in _bar(f"scoring {spec}", console)(missing[jax.process_index() :: jax.process_count()]):
-        parts.write(k, work.rows_of(k))
-    barrier("scored")
-    found = {"out": str(out), "drawn": drawn}
-    if not is_main():
-        return found
-    good, scores, errors = parts.join(work.parts, out)
+    with Parts.begin(out, settings | prints | {"devices": len(mesh.devices.flat)}) as parts:
+        data, unfit = index_source(
+            source, scorer.checkpoint.processor, VIEWS, cache=False, progress=_bar(f"reading {spec}", console)
+        )
+        reasons = dict(zip(sorted(set(range(len(source))) - set(data.kept)), (q.reason for q in unfit), strict=True))
+        sizes = buckets_for([data], buckets) if len(data) else None
+        if sizes is not None:
+            console.print(describe_data([data], sizes))
+        work = Scoring(data, reasons, rows, scorer, whole_batch(batch_size, mesh), sizes)
+        missing = [k for k in range(work.parts) if not parts.done(k)]
+        if len(missing) < work.parts:
+            there = f"{work.parts - len(missing)} of {work.parts} parts"
+            console.print(f"going on: {there} are in {parts.folder}")
+        barrier("score what is missing")  # before any process adds to what is there
+        for k in _bar(f"scoring {spec}", console)(missing[jax.process_index() :: jax.process_count()]):
+            parts.write(k, work.rows_of(k))
+        barrier("scored")
+        found = {"out": str(out), "drawn": drawn}
+        if not is_main():
+            return found
+        good, scores, errors = parts.join(work.parts, out)
     if errors:
         console.print(summarise_quarantine(errors, "without a score"))
     console.print(f"{scores} scores of {good} rows are in {out}")
@@ -201,7 +213,7 @@ def _check_out(out: Path, spec: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _open_rows(spec: str, image_root: Path | None) -> tuple[GroupSource, Sequence[ScoringRow | None]]:
+def open_rows(spec: str, image_root: Path | None) -> tuple[GroupSource, Sequence[ScoringRow | None]]:
     """(groups to score, the rows of a file in order); a prepared data set has no rows but its groups', None each."""
     if ":" in Path(spec).name or Path(spec).is_dir():
         source = open_spec(spec, Path(), image_root)[0]
@@ -234,6 +246,6 @@ def _result(score: float) -> dict[str, Any]:
 
 def _bar(name: str, console: Console) -> Callable[..., Any]:
     def progress(items: Any, total: int | None = None) -> Any:
-        return track(items, name, total=total, console=console, transient=True, disable=not console.is_terminal)
+        return track(items, escape(name), total=total, console=console, transient=True, disable=not console.is_terminal)
 
     return progress

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrm_jax.data.scoring import ScoringRow
-from mmrm_jax.distributed import barrier
-from mmrm_jax.train.checkpoint import check_config, write_config
+from mmrm_jax.distributed import any_process, barrier, is_main
+from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
 from mmrm_jax.train.manifest import write_atomic
 from mmrm_jax.types import Quarantined
 
 COLUMNS = {name: pa.string() for name in ("id", "history", "prompt", "img_path", "response")}
 COLUMNS |= {"score": pa.float64(), "error": pa.string(), "file": pa.string(), "row": pa.int64()}
+
+LOCK = "lock"  # in the folder of parts
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that has none, as Lustre may be mounted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +36,34 @@ class Parts:
     folder: Path
 
     @classmethod
-    def begin(cls, out: Path, config: dict[str, Any]) -> Parts:
-        """The parts of `out`, new or of an earlier command. Raises CheckpointError where that had another `config`."""
+    @contextlib.contextmanager
+    def begin(cls, out: Path, config: dict[str, Any]) -> Iterator[Parts]:
+        """The parts of `out`, new or of an earlier command; the main process locks them until the end.
+
+        Parts whose configuration nobody knows are deleted. Raises CheckpointError where an earlier command had another
+        `config`, and where another one is still at work.
+        """
         parts = cls(out.with_name(out.name + ".parts"))
-        check_config(parts.folder, config)
-        write_config(parts.folder, config)
-        barrier("score parts")
-        return parts
+        lock = _locked(parts.folder) if is_main() else None
+        with lock or contextlib.nullcontext():
+            if any_process(is_main() and lock is None):
+                raise CheckpointError(
+                    f"{parts.folder} is in use: another command is writing {out}; wait until it has ended, or give "
+                    "--out another name"
+                )
+            check_config(parts.folder, config)
+            if is_main() and not (parts.folder / "config.json").exists():
+                for file in parts.folder.glob("[0-9]*.json*"):
+                    file.unlink()
+            write_config(parts.folder, config)
+            barrier("score parts")
+            yield parts
+        if is_main():  # unlocked: on NFS a folder with an open file in it cannot be deleted
+            shutil.rmtree(parts._ended, ignore_errors=True)
 
     def done(self, k: int) -> bool:
         """Whether part `k` is whole."""
-        return self._file(k, "json").exists()
+        return self._file(k, "json").exists() and self._file(k, "jsonl").exists()
 
     def write(self, k: int, rows: Iterable[ScoringRow]) -> None:
         """Save part `k`; it is there whole or not at all."""
@@ -52,18 +76,46 @@ class Parts:
         write_atomic(self._file(k, "json"), json.dumps({"rows": good, "scores": scores, "errors": errors}))
 
     def join(self, count: int, out: Path) -> tuple[int, int, list[Quarantined]]:
-        """Put parts 0..count-1 together as `out`, JSON lines or *.parquet: (rows with a score, scores, errors)."""
+        """Put parts 0..count-1 together as `out`, JSON lines or *.parquet: (rows with a score, scores, errors).
+
+        They are gone at once, since whoever is killed while deleting them would leave some to the next command.
+        """
         part = out.with_name(out.name + ".part")
         write = _write_parquet if out.suffix == ".parquet" else _write_lines
         write(part, (self._file(k, "jsonl") for k in range(count)))
         found = [json.loads(self._file(k, "json").read_text(encoding="utf-8")) for k in range(count)]
         part.replace(out)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self._ended, ignore_errors=True)  # of a command that was killed
+        self.folder.rename(self._ended)
         errors = [Quarantined(file, row, reason) for each in found for file, row, reason in each["errors"]]
         return sum(each["rows"] for each in found), sum(each["scores"] for each in found), errors
 
     def _file(self, k: int, suffix: str) -> Path:
         return self.folder / f"{k:06d}.{suffix}"
+
+    @property
+    def _ended(self) -> Path:
+        """What the folder is called while it is deleted; never read."""
+        return self.folder.with_name(self.folder.name + "-ended")
+
+
+def _locked(folder: Path) -> TextIO | None:
+    """The lock of `folder`, which is made, held until it is closed; None where another command holds it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
+            lock = opened.enter_context((folder / LOCK).open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            # The other command may have ended just now, and its folder with it: then this is the lock of nothing.
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                opened.pop_all()
+                return lock
 
 
 def as_json(line: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ def best_of_n(
     `scores` is what `mmrm score` wrote; lines that follow one another with the same id, image and prompt are responses
     to one prompt, and lines without a score are left out and counted. Gold scores are the field `gold` of its lines, or
     the scores of `gold_scores`, a file with the same lines. n runs up to the number of responses that every prompt has.
-    Raises ValueError where an option does not fit, DataError naming file, row and field that cannot be used.
+    Raises ValueError where an option does not fit or a file that is read would be overwritten, DataError naming file,
+    row and field that cannot be used.
     """
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
     if gold is not None and gold_scores is not None:
         raise ValueError("--gold names a field of the lines, --gold-scores a file in its place: give one of them")
+    _check_outputs({"--out": out, "--plot": plot}, [scores, gold_scores])
     lines, unscored = _scored(scores)
     judged = _gold(scores, lines, gold, gold_scores)
     choices = list(_by_prompt(lines, judged))
@@ -70,9 +72,26 @@ def best_of_n(
         console.print(f"n ends at {most}, which every prompt has; some have {largest}: picks are among all of them")
     if plot is not None:
         plot.write_bytes(_plot(curve))
-    console.print(f"the best {'response' if top == 1 else top} of {len(choices)} prompts: {out}", soft_wrap=True)
+    best = "response" if top == 1 else top
+    console.print(f"the best {best} of {len(choices)} prompts: {out}", soft_wrap=True)
     found = {"out": str(out), "prompts": len(choices), "responses": len(lines), "unscored": unscored}
     return found | {"ns": curve.ns, "kl": curve.kl, "curves": curve.values}
+
+
+def _check_outputs(outputs: dict[str, Path | None], inputs: Sequence[Path | None]) -> None:
+    """Raises ValueError where an output, by its option, is an input or another output."""
+    taken = [file for file in inputs if file is not None]
+    for option, file in outputs.items():
+        if file is None:
+            continue
+        for other in taken:
+            if _same(file, other):
+                raise ValueError(f"{option} {file} would overwrite {other}, of this very command; give it another name")
+        taken.append(file)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _scored(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
@@ -81,7 +100,7 @@ def _scored(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
     for row, line in read_rows(path):
         if not isinstance(line, dict):
             raise DataError(f"{path} row {row}: it is no JSON object, as lines of mmrm score are")
-        if SCORE not in line and "error" in line:
+        if line.get(SCORE) is None and line.get("error") is not None:  # a column of Parquet is there, and null
             unscored += 1
             continue
         _number(path, row, line, SCORE)

@@ -61,7 +61,7 @@ def run_plan(args: PlanArgs, console: Console) -> dict[str, Any]:
     job = Job(find_model(args.model), args.config, args.shape, topology)
     attempts = args.attempts if topology.libtpu_name else 0
     if attempts and not has_libtpu():
-        console.print(MISSING, markup=False, highlight=False)
+        console.print(MISSING, highlight=False)
         attempts = 0
     rows = search(job, every=args.search, attempts=attempts, progress=console.print)
     print_plan(args.model, job, rows, console)

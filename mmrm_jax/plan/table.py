@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mmrm_jax.plan.hlo import by_kind
@@ -67,7 +66,7 @@ def _problems(rows: Sequence[Candidate]) -> Table:
     table.add_column("known by")
     table.add_column("why")
     for row in rows:
-        table.add_row(_mesh(row), str(row.micro_batches), _method(row), escape(row.problem or ""))
+        table.add_row(_mesh(row), str(row.micro_batches), _method(row), row.problem or "")
     return table
 
 

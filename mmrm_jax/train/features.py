@@ -94,7 +94,7 @@ def with_features(
                     missing[each["name"]] = Missing(each["name"], each["tiles"], read)
     every = [each for looked in found for images in looked for each in images]
     for line in sorted({of_blank, *(each.get("damage") for each in every)} - {None, ""}):
-        console.print(f"features are made anew: {line}", style="yellow", markup=False)
+        console.print(f"features are made anew: {line}", style="yellow")
     barrier("features checked")  # before any file is replaced
     problems = make_features(list(missing.values()), store, checkpoint, config, console) if missing else {}
     barrier("features made")

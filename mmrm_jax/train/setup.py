@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from mmrm_jax.config import BranchInput, DataConfig, ModelConfig, TrainConfig
@@ -289,7 +290,8 @@ def encode(
     """
 
     def progress(indices: range) -> Any:
-        return track(indices, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
+        said = escape(f"reading {name}")
+        return track(indices, said, console=console, transient=True, disable=not console.is_terminal)
 
     data, quarantined = index_source(source, checkpoint.processor, views, cache=config.data.cache, progress=progress)
     data, uncompared = _compared(data)

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from mmrm_jax.data.images import ImageError, load_image
@@ -88,7 +89,7 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
             quarantined: list[Quarantined] = []
             written = comparisons = left = 0
             rows = each_group(spec, image_root=image_root)
-            for each in track(rows, description=f"{path.name} → {split}", console=Console(stderr=True)):
+            for each in track(rows, description=escape(f"{path.name} → {split}"), console=Console(stderr=True)):
                 if isinstance(each, Group):
                     if not wanted(each):
                         left += 1

@@ -85,7 +85,8 @@ def test_of_many_wrong_entries_little_is_told(client: TestClient, case: str) -> 
 def test_only_the_first_few_errors_are_told(client: TestClient) -> None:
     files = [("responses", (f"{i}.txt", b"a", "text/plain")) for i in range(100)]
     answer = client.post("/v1/score/upload", files=files)
-    assert answer.status_code == 422 and answer.json()["detail"].endswith("; 96 more")
+    told = answer.json()["detail"]
+    assert answer.status_code == 422 and told.endswith("; 96 more") and told.count(";") == 5
 
 
 def test_json_of_more_values_than_can_be_scored_is_not_read(client: TestClient) -> None:
@@ -225,6 +226,18 @@ def test_time_counts_from_when_a_request_is_read(rm: Scorer, monkeypatch) -> Non
     held.go.set()
     engine.close()
     assert len(held.begun) == 4  # as many as there are threads: what had not begun is left
+
+
+def test_of_a_request_with_a_bad_query_the_rest_is_left(rm: Scorer, monkeypatch) -> None:
+    held = Held(rm, monkeypatch)
+    engine = Engine(rm, Limits(), Metrics(), prefix_cache=0)
+    bad = Ask({"images[0]": b"none"}, "p", ("a",), name="query[0]")
+    with pytest.raises(ValueError, match=r"query\[0\]: images\[0\]: image of 4 bytes"):
+        asyncio.run(engine.score([bad, *asks(20)]))
+    assert engine.waiting == 0
+    held.go.set()
+    engine.close()
+    assert len(held.begun) <= 4
 
 
 def test_what_is_being_encoded_waits_too(rm: Scorer, monkeypatch) -> None:

@@ -264,10 +264,11 @@ def encode_texts(
         if view == "caption":
             first, view = captioned(first, caption), "absent"
         *before, asked = [first, *rest]
-        whole = [chat.conversation(asked, r, tiles, view, known, before) for r in responses]
-        longest = max(len(c.tokens) for c in whole)
-        if longest > max_length:
-            raise TextError(f"a conversation has {longest} tokens, over the budget of max_length={max_length}")
+        whole = []
+        for response in responses:  # each is checked before the next one is tokenised
+            whole.append(chat.conversation(asked, response, tiles, view, known, before))
+            if (length := len(whole[-1].tokens)) > max_length:
+                raise TextError(f"a conversation has {length} tokens, over the budget of max_length={max_length}")
         split = common_prefix([c.tokens for c in whole])
         if tails is None:
             empty = chat.conversation(asked, "", tiles, view, known, before)

@@ -41,11 +41,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (408, "The body took too long."),
         (413, "A body that is too large."),
         (422, "What cannot be scored, and why."),
-        (429, "Too much is waiting: try again after Retry-After seconds."),
+        (429, "Too much is waiting or arriving: try again after Retry-After seconds."),
         (503, "Not ready, or not in time: try again after Retry-After seconds."),
     )
 }
 
+FEW, SHOWN = 5, 200  # what is told of errors in a body: how many, and how many characters of each
 
 # Of the page: nothing from elsewhere.
 POLICY = (
@@ -150,7 +151,7 @@ def _add_scoring(app: FastAPI, score: Score, name: str, template: Template) -> N
         proxy: Annotated[bool, Form()] = False,
     ) -> schemas.ScoreAnswer:
         """The same with images as uploaded files."""
-        shown = tuple([await image.read() for image in images or []])
+        shown = {f"images[{i}]": await image.read() for i, image in enumerate(images or [])}
         asked = [Ask(shown, prompt, tuple(responses), tuple(history or ()))]
         (found,) = await score(lambda: asked, proxy=proxy)
         return schemas.ScoreAnswer(model=name, rewards=found.rewards, proxy=found.proxy)
@@ -227,9 +228,11 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def not_as_asked(_: Request, error: RequestValidationError) -> Response:
-        """What a body lacks or has too much of, without telling it again."""
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        return Json({"detail": "; ".join(found)}, 422)
+        """What a body lacks or has too much of, without telling it again: the first few of it."""
+        errors = error.errors()
+        found = [f"{'.'.join(map(str, e['loc']))[:SHOWN]}: {e['msg'][:SHOWN]}" for e in errors[:FEW]]
+        more = [f"{len(errors) - FEW} more"] if len(errors) > FEW else []
+        return Json({"detail": "; ".join(found + more)}, 422)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

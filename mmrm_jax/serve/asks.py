@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmrm_jax.data.templates import IMAGE_PLACEHOLDER, IMAGE_START, Template, spell
 from mmrm_jax.serve.pictures import from_data_url
@@ -12,18 +12,27 @@ from mmrm_jax.serve.schemas import ClassifyRequest, Content, Message, OpenRlhfRe
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """One prompt with its images, as encoded bytes, the responses to it, and the turns before it."""
+    """One prompt with its images, as encoded bytes, the responses to it, and the turns before it.
 
-    images: tuple[bytes, ...]
+    `shown` are the images by what the request calls them, `name` is what it calls the ask where it may have several.
+    """
+
+    shown: Mapping[str, bytes]
     prompt: str
     responses: tuple[str, ...]
     history: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """The images in their order."""
+        return tuple(self.shown.values())
 
 
 def of_score(request: ScoreRequest) -> Ask:
     """Of this server's own shape. Raises ImageError for what is no data URL."""
-    images = tuple(from_data_url(url, f"images[{i}]") for i, url in enumerate(request.images))
-    return Ask(images, request.prompt, tuple(request.responses), tuple(request.history))
+    shown = _decoded({f"images[{i}]": url for i, url in enumerate(request.images)})
+    return Ask(shown, request.prompt, tuple(request.responses), tuple(request.history))
 
 
 def of_open_rlhf(request: OpenRlhfRequest, template: Template) -> list[Ask]:
@@ -37,28 +46,33 @@ def of_open_rlhf(request: OpenRlhfRequest, template: Template) -> list[Ask]:
             raise ValueError(f"{name} has {len(given)} entries for {len(request.query)} queries")
     asks = []
     for i, query in enumerate(request.query):
-        shown = request.images[i] if request.images is not None else None
-        urls = [] if shown is None else [shown] if isinstance(shown, str) else shown
-        images = tuple(from_data_url(url, f"images[{i}]") for url in urls)
-        asks.append(_of_query(images, query, request.prompts[i] if request.prompts else None, template, i))
+        given = request.images[i] if request.images is not None else None
+        urls = {f"images[{i}][{k}]": url for k, url in enumerate(given)} if isinstance(given, list) else {}
+        shown = _decoded({f"images[{i}]": given} if isinstance(given, str) else urls)
+        asks.append(_of_query(shown, query, request.prompts[i] if request.prompts else None, template, i))
     return asks
 
 
-def _of_query(images: tuple[bytes, ...], query: str, prompt: str | None, template: Template, i: int) -> Ask:
+def _decoded(urls: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: from_data_url(url, name) for name, url in urls.items()}
+
+
+def _of_query(shown: Mapping[str, bytes], query: str, prompt: str | None, template: Template, i: int) -> Ask:
+    name = f"query[{i}]"
     if (found := rendered(query, template)) is not None:
         *history, asked, response = found
-        return Ask(images, asked, (response,), tuple(history))
+        return Ask(shown, asked, (response,), tuple(history), name)
     query = _ended(query, spell(template.after_response))
     spelt = next((token for token in template.special_tokens if token in query), None)
     if spelt is not None:
         raise ValueError(
-            f"query[{i}] spells {spelt}, but not as the model's chat template {template.name} does: render it with the "
+            f"{name} spells {spelt}, but not as the model's chat template {template.name} does: render it with the "
             "tokenizer of the model's folder"
         )
     if prompt is not None and query.startswith(prompt):
-        return Ask(images, prompt, (query[len(prompt) :],))
+        return Ask(shown, prompt, (query[len(prompt) :],), name=name)
     raise ValueError(
-        f"query[{i}] is neither a conversation as the model's chat template renders it nor prompts[{i}] with a "
+        f"{name} is neither a conversation as the model's chat template renders it nor prompts[{i}] with a "
         "response behind it"
     )
 
@@ -110,7 +124,7 @@ def of_classify(request: ClassifyRequest, template: Template) -> list[Ask]:
                 f"input[{i}] is no conversation as the model's chat template renders it; send messages instead"
             )
         *history, prompt, response = found
-        asks.append(Ask((), prompt, (response,), tuple(history)))
+        asks.append(Ask({}, prompt, (response,), tuple(history), f"input[{i}]"))
     return asks
 
 
@@ -121,39 +135,40 @@ def of_messages(messages: Sequence[Message]) -> Ask:
     """
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        told = roles if len(roles) <= 8 else [*roles[:8], "..."]
         raise ValueError(
-            f"messages are of {', '.join(roles) or 'none'}; they must be the user's and the assistant's in turn, and "
+            f"messages are of {', '.join(told) or 'none'}; they must be the user's and the assistant's in turn, and "
             "end with the answer that is scored"
         )
-    images: tuple[bytes, ...] = ()
+    images: dict[str, bytes] = {}
     texts: list[str] = []
     for i, message in enumerate(messages):
         shown, text = of_parts(message.content, f"messages[{i}]")
         if shown and message.role == "assistant":
             raise ValueError(f"messages[{i}] has an image; only the user's may have one")
-        images += shown
+        images |= shown
         texts.append(text)
     *history, prompt, response = texts
     return Ask(images, prompt, (response,), tuple(history))
 
 
-def of_parts(content: str | Sequence[Part], name: str) -> tuple[tuple[bytes, ...], str]:
-    """(images, text with <image> at their places) of a message's content."""
+def of_parts(content: str | Sequence[Part], name: str) -> tuple[dict[str, bytes], str]:
+    """(images by name, text with <image> at their places) of a message's content."""
     if isinstance(content, str):
-        return (), content
-    images: list[bytes] = []
+        return {}, content
+    urls: dict[str, str] = {}
     text: list[str] = []
     for i, part in enumerate(content):
         if part.type == "image_url":
             if part.image_url is None:
                 raise ValueError(f"{name}.content[{i}] has no image_url")
-            images.append(from_data_url(part.image_url.url, f"{name}.content[{i}].image_url.url"))
+            urls[f"{name}.content[{i}].image_url.url"] = part.image_url.url
             text.append(IMAGE_PLACEHOLDER)
         elif part.text is None:
             raise ValueError(f"{name}.content[{i}] has no text")
         else:
             text.append(part.text)
-    return tuple(images), "\n".join(text)
+    return _decoded(urls), "\n".join(text)
 
 
 def of_rerank(request: RerankRequest) -> Ask:

@@ -14,7 +14,7 @@ from mmrm_jax.serve.prefixes import Asked, Prefixes
 
 
 class QueueFullError(Exception):
-    """More waits than is allowed: ask again later."""
+    """More would wait than is allowed, or the server stops: ask again later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,10 @@ class Batcher:
         self,
         prefixes: Prefixes,
         *,
-        queue: int,
         wait: float = 0.003,
         on_batch: Callable[[int, float], None] = lambda groups, seconds: None,
     ):
-        self.prefixes, self.queue, self.wait, self.on_batch = prefixes, queue, wait, on_batch
+        self.prefixes, self.wait, self.on_batch = prefixes, wait, on_batch
         self._waiting: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -54,15 +53,18 @@ class Batcher:
         """Groups that wait."""
         return len(self._waiting)
 
-    def submit(self, groups: Sequence[Asked], branch: Branch = "primary") -> list[Future[Rewards]]:
-        """The rewards of each group, later. Raises QueueFullError where that is more than may wait."""
+    def submit(self, groups: Sequence[Asked], branches: Sequence[Branch] = ("primary",)) -> list[Future[Rewards]]:
+        """The rewards of each group, later: all of the first branch, then of the next. Raises QueueFullError where the
+        server stops."""
         now = time.monotonic()
-        asked = [Waiting(each, branch, self.prefixes.key(each, branch), now, Future()) for each in groups]
+        asked = [
+            Waiting(each, branch, self.prefixes.key(each, branch), now, Future())
+            for branch in branches
+            for each in groups
+        ]
         with self._changed:
             if self._closing:
                 raise QueueFullError("the server is stopping")
-            if len(self._waiting) + len(asked) > self.queue:
-                raise QueueFullError(f"{len(self._waiting)} groups wait, and at most {self.queue} may")
             self._waiting.extend(asked)
             self._changed.notify()
         return [each.future for each in asked]

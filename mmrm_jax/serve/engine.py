@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from mmrm_jax.eval.scorer import Branch, Scorer
 from mmrm_jax.serve.asks import Ask
-from mmrm_jax.serve.batcher import Batcher
+from mmrm_jax.serve.batcher import Batcher, QueueFullError
 from mmrm_jax.serve.metrics import Metrics
 from mmrm_jax.serve.pictures import Pictures
 from mmrm_jax.serve.prefixes import Asked, Prefixes
 from mmrm_jax.serve.settings import Limits
+
+T = TypeVar("T")
 
 THREADS = 4  # that decode images and tokenise
 
@@ -37,10 +40,11 @@ class Engine:
     def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics, *, prefix_cache: int):
         self.scorer, self.limits, self.metrics = scorer, limits, metrics
         self.prefixes = Prefixes(scorer, prefix_cache)
-        self.batcher = Batcher(self.prefixes, queue=limits.queue, on_batch=metrics.on_batch)
+        self.batcher = Batcher(self.prefixes, on_batch=metrics.on_batch)
+        self.encoding = 0  # groups that are decoded and tokenised, or wait for that
         self.pictures = Pictures(scorer, limits.pixels)
         self.pool = ThreadPoolExecutor(THREADS, "encoder")
-        metrics.waiting.set_function(lambda: len(self.batcher))
+        metrics.waiting.set_function(lambda: self.waiting)
         metrics.image_hits.set_function(lambda: self.pictures.kept.hits)
         metrics.prefix_hits.set_function(lambda: self.prefixes.kept.hits)
 
@@ -48,6 +52,11 @@ class Engine:
     def has_proxy(self) -> bool:
         """Whether the model's folder holds a proxy."""
         return "proxy" in self.scorer.views
+
+    @property
+    def waiting(self) -> int:
+        """Groups that were let in, and that the model has not begun with."""
+        return self.encoding + len(self.batcher)
 
     async def score(self, asks: Sequence[Ask], *, proxy: bool = False) -> list[Found]:
         """The rewards of each ask, in order.
@@ -58,21 +67,28 @@ class Engine:
         self._check(asks)
         if proxy and not self.has_proxy:
             raise ValueError("proxy: this model's folder holds no proxy; mmrm export --proxy writes one")
-        loop = asyncio.get_running_loop()
-        encoded = await asyncio.gather(*(loop.run_in_executor(self.pool, self._encode, ask, proxy) for ask in asks))
-        groups = [group for parts in encoded for group in parts]
         branches: tuple[Branch, ...] = ("primary", "proxy") if proxy else ("primary",)
-        waiting = [self.batcher.submit(groups, branch) for branch in branches]
-        futures = [asyncio.wrap_future(future) for of_branch in waiting for future in of_branch]
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                rewards = await asyncio.gather(*futures)
-        finally:
-            for future in futures:
-                future.cancel()
+        async with asyncio.timeout(self.limits.seconds):
+            encoded = await self._encoded(asks, branches)
+            groups = [group for parts in encoded for group in parts]
+            rewards = await _all(map(asyncio.wrap_future, self.batcher.submit(groups, branches)))
         self.metrics.responses.inc(sum(len(ask.responses) for ask in asks))
         by_branch = [rewards[: len(groups)], rewards[len(groups) :]]
         return [self._found(parts, by_branch, proxy) for parts in _slices(encoded)]
+
+    async def _encoded(self, asks: Sequence[Ask], branches: Sequence[Branch]) -> list[list[Asked]]:
+        """The groups of each ask. Raises QueueFullError, before anything is done, where others wait and with these
+        groups more would than may."""
+        most, waiting = self.scorer.ladder.responses, self.waiting
+        more = sum(-(-len(ask.responses) // most) for ask in asks) * len(branches)
+        if waiting and waiting + more > self.limits.queue:
+            raise QueueFullError(f"{waiting} groups wait, and {more} more are over the {self.limits.queue} that may")
+        loop, proxy = asyncio.get_running_loop(), "proxy" in branches
+        self.encoding += more
+        try:
+            return await _all([loop.run_in_executor(self.pool, self._encode, ask, proxy) for ask in asks])
+        finally:
+            self.encoding -= more
 
     def _found(self, place: tuple[slice, list[Asked]], by_branch: list[list], proxy: bool) -> Found:
         where, parts = place
@@ -95,12 +111,19 @@ class Engine:
         for name, count in counts.items():
             if count > (most := getattr(limits, name)):
                 raise ValueError(f"the request has {count} {name}; at most {most} are allowed")
+        for ask in asks:
+            if (count := len(ask.history)) > limits.turns:
+                name = ask.name or "the request"
+                raise ValueError(f"{name} has {count} turns before the prompt; at most {limits.turns} are allowed")
 
     def _encode(self, ask: Ask, proxy: bool) -> list[Asked]:
-        features = [self.pictures.of(image) for image in ask.images]
-        groups = self.scorer.encode(
-            features, ask.prompt, ask.responses, ask.history, proxy=proxy, alone=self.prefixes.on
-        )
+        try:
+            features = [self.pictures.of(image, name) for name, image in ask.shown.items()]
+            groups = self.scorer.encode(
+                features, ask.prompt, ask.responses, ask.history, proxy=proxy, alone=self.prefixes.on
+            )
+        except ValueError as error:
+            raise ValueError(f"{ask.name}: {error}" if ask.name else str(error)) from error
         images = b"".join(hashlib.sha256(image).digest() for image in ask.images)
         return [Asked(group, images) for group in groups]
 
@@ -108,6 +131,16 @@ class Engine:
         """Score what waits, and end the threads."""
         self.batcher.close()
         self.pool.shutdown()
+
+
+async def _all(futures: Iterable[asyncio.Future[T]]) -> list[T]:
+    """What they give; when one fails or time is up, those that have not begun are left."""
+    futures = list(futures)
+    try:
+        return await asyncio.gather(*futures)
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _slices(encoded: Sequence[list[Asked]]) -> list[tuple[slice, list[Asked]]]:

@@ -10,22 +10,26 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from mmrm_jax.serve.metrics import Metrics
-from mmrm_jax.serve.settings import Limits
+from mmrm_jax.serve.settings import LONGEST, Limits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/", "/health", "/ready")  # without a token
+OPEN_PATHS = ("/", "/health", "/ready")  # without a token, and without a body
 
 
 class Guard:
-    """Reads a request's body whole, within bounds, before the application sees any of it; counts what is answered."""
+    """Reads a request's body whole, within bounds, before the application sees any of it; counts what is answered.
+
+    `held` are the bytes of all bodies whose requests are not answered yet.
+    """
 
     def __init__(self, app: App, *, limits: Limits, token: str | None, metrics: Metrics, paths: frozenset[str]):
         self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
         self.token = None if token is None else token.encode()
+        self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One connection's request; what is no HTTP goes by."""
@@ -35,6 +39,7 @@ class Guard:
         path = scope["path"] if scope["path"] in self.paths else "other"
         started = time.monotonic()
         status = 500
+        body = bytearray()
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -43,20 +48,16 @@ class Guard:
             await send(message)
 
         try:
-            if (problem := self._refused(scope)) is not None:
+            problem = self._refused(scope)
+            if problem is None and path not in (*OPEN_PATHS, "other"):
+                problem = await self._read(receive, body) or self._overfull(scope, body)
+            if problem is not None:
                 await refuse(counted, *problem)
-                return
-            try:
-                body = await asyncio.wait_for(self._body(receive), self.limits.seconds)
-            except TimeoutError:
-                await refuse(counted, 408, f"the body did not arrive within {self.limits.seconds:g} s")
-                return
-            if body is None:
-                await refuse(counted, 413, self._too_large())
                 return
             started = time.monotonic()
             await self.app(scope, _replay(body, receive), counted)
         finally:
+            self.held -= len(body)
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - started)
 
@@ -70,34 +71,42 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return 400, "Content-Length is no number"
-        if int(length) > self._bytes:
-            return 413, self._too_large()
+        return self._too_large(int(length))
+
+    def _too_large(self, size: int) -> tuple[int, str] | None:
+        most = self.limits.body_mib
+        return (413, f"the body has more than {most:g} MiB") if size > most * 2**20 else None
+
+    async def _read(self, receive: Receive, body: bytearray) -> tuple[int, str] | None:
+        """Fill `body`; status and reason where it is too large, whatever the headers said, too slow, or too many are
+        read at once."""
+        most, more = self.limits.bodies_mib, True
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                while more:
+                    message = await receive()
+                    part = message.get("body", b"")  # none where the client went away
+                    body.extend(part)
+                    self.held += len(part)
+                    if (problem := self._too_large(len(body))) is not None:
+                        return problem
+                    if self.held > most * 2**20:
+                        return 429, f"the bodies of all requests have more than {most:g} MiB"
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            return 408, f"the body did not arrive within {self.limits.seconds:g} s"
         return None
 
-    @property
-    def _bytes(self) -> int:
-        return int(self.limits.body_mib * 2**20)
-
-    def _too_large(self) -> str:
-        return f"the body has more than {self.limits.body_mib:g} MiB"
-
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None where it is larger than allowed, whatever the headers said."""
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return b"".join(parts)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._bytes:
-                return None
-            if not message.get("more_body"):
-                return b"".join(parts)
+    def _overfull(self, scope: MutableMapping[str, Any], body: bytearray) -> tuple[int, str] | None:
+        """Status and reason, where JSON has more values than could be scored, before they are read into memory."""
+        most = self.limits.characters + LONGEST  # commas stand in texts, or between values
+        uploaded = dict(scope["headers"]).get(b"content-type", b"").lower().startswith(b"multipart/")
+        if uploaded or body.count(b",") <= most:
+            return None
+        return 413, f"the body has more than {most} commas: more texts or characters than can be scored"
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def _replay(body: bytearray, receive: Receive) -> Receive:
     """A `receive` that gives this body at once, and then whatever comes."""
     given = False
 
@@ -106,7 +115,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return replay
 
@@ -115,8 +124,10 @@ async def refuse(send: Send, status: int, reason: str) -> None:
     """Answer with a status and a reason."""
     body = json.dumps({"detail": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):  # the rest of the body is not read
+    if status in (408, 413, 429):  # the rest of the body is not read
         headers.append((b"connection", b"close"))
+    if status == 429:
+        headers.append((b"retry-after", b"1"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

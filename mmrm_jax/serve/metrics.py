@@ -29,7 +29,9 @@ class Metrics:
             registry=registry,
         )
         self.model_seconds = Counter("mmrm_model_seconds", "Time in which the model ran.", registry=registry)
-        self.waiting = Gauge("mmrm_groups_waiting", "Groups that wait for the model.", registry=registry)
+        self.waiting = Gauge(
+            "mmrm_groups_waiting", "Groups that wait for their encoding or for the model.", registry=registry
+        )
         self.ready = Gauge("mmrm_ready", "1 once the model is warm, 0 before and while stopping.", registry=registry)
         self.image_hits = Gauge("mmrm_image_cache_hits", "Images whose features were known.", registry=registry)
 

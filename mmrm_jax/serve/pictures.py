@@ -43,12 +43,15 @@ class Pictures:
         self.scorer, self.max_pixels = scorer, max_pixels
         self.kept = Kept(capacity)
 
-    def of(self, image: bytes) -> np.ndarray:
+    def of(self, image: bytes, name: str) -> np.ndarray:
         """Features [T, V, I]. Raises ImageError where the bytes are no image, or one of too many pixels."""
         digest = hashlib.sha256(image).digest()
         found = self.kept.get(digest)
         if found is None:
-            tiles = tile_image(load_image(image, self.max_pixels), self.scorer.checkpoint.processor.preprocessing)
+            try:
+                tiles = tile_image(load_image(image, self.max_pixels), self.scorer.checkpoint.processor.preprocessing)
+            except ImageError as error:
+                raise ImageError(f"{name}: {error}") from error
             found = self.scorer.features(tiles)
             self.kept.put(digest, found)
         return found

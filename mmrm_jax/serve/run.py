@@ -55,7 +55,7 @@ def serve(
         app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        console.print(f"{address}  page at /, OpenAPI at /docs, ready at /ready", highlight=False, markup=False)
+        console.print(f"{address}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)
         kept = Prefixes(scorer, prefix_cache_mib * 2**20).tokens
         console.print(f"up to {kept:,} tokens of prompts and images are kept (--prefix-cache-mib)", highlight=False)
         seconds = round(limits.seconds)

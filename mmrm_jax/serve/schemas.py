@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mmrm_jax.serve.settings import LONGEST
+
+T = TypeVar("T")
+
+# Of what a client sends: not longer, and the first entry that is wrong is the only one that is told.
+Items = Annotated[list[T], Field(max_length=LONGEST, fail_fast=True)]
 DataUrl = Annotated[str, Field(description="data:image/png;base64,... (or jpeg, webp, gif, bmp, tiff)")]
 
 
@@ -13,6 +19,14 @@ class Strict(BaseModel):
     """A body whose fields are the named ones."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, body: Any) -> Any:
+        """Raises ValueError for many unknown fields at once, which would be an error each."""
+        if isinstance(body, dict) and len(body) > 2 * len(cls.model_fields):
+            raise ValueError(f"{len(body)} fields; there are only {', '.join(cls.model_fields)}")
+        return body
 
 
 class Open(BaseModel):
@@ -25,11 +39,11 @@ class ScoreRequest(Strict):
     """One prompt, its images, and the responses to score."""
 
     prompt: Annotated[str, Field(description='images stand at "<image>", or before the text')]
-    responses: Annotated[list[str], Field(min_length=1)]
+    responses: Annotated[Items[str], Field(min_length=1)]
     history: Annotated[
-        list[str], Field(description="turns before the prompt, of the user and the assistant in turn")
+        Items[str], Field(description="turns before the prompt, of the user and the assistant in turn")
     ] = []
-    images: list[DataUrl] = []
+    images: Items[DataUrl] = []
     proxy: Annotated[bool, Field(description="also what text alone would give")] = False
 
 
@@ -44,10 +58,10 @@ class ScoreAnswer(BaseModel):
 class OpenRlhfRequest(Open):
     """What OpenRLHF's remote reward model gets; `images` is this server's addition: null, one, or several a query."""
 
-    query: Annotated[list[str], Field(min_length=1)]
-    prompts: list[str] | None = None
-    labels: list[Any] | None = None
-    images: list[DataUrl | list[DataUrl] | None] | None = None
+    query: Annotated[Items[str], Field(min_length=1)]
+    prompts: Items[str] | None = None
+    labels: Items[Any] | None = None
+    images: Items[DataUrl | Items[DataUrl] | None] | None = None
 
 
 class OpenRlhfAnswer(BaseModel):
@@ -76,7 +90,7 @@ class Message(Open):
     """An OpenAI message."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Items[Part]
 
 
 class ClassifyRequest(Open):
@@ -84,8 +98,8 @@ class ClassifyRequest(Open):
     renders them."""
 
     model: str | None = None
-    input: str | list[str] | None = None
-    messages: list[Message] | None = None
+    input: str | Items[str] | None = None
+    messages: Items[Message] | None = None
     activation: Annotated[bool | None, Field(description="false: rewards as they are; else their sigmoid")] = None
     use_activation: bool | None = None
 
@@ -137,14 +151,14 @@ class PoolingAnswer(BaseModel):
 class Content(Open):
     """A query or document of parts."""
 
-    content: list[Part]
+    content: Items[Part]
 
 
 class RerankRequest(Open):
     """A prompt, perhaps with images, and the responses to rank."""
 
     query: str | Content
-    documents: Annotated[list[str], Field(min_length=1)]
+    documents: Annotated[Items[str], Field(min_length=1)]
     top_n: Annotated[int | None, Field(ge=0, description="most results; all without it, or at 0")] = None
     model: str | None = None
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import write_long_and_short, xla_flags
+from commands import write_pairs, xla_flags
 from orbax.checkpoint import v1 as ocp
 
 STEPS = 48
 OPTIONS = (
     *("--steps", STEPS, "--batch-size", 8, "--eval-batch-size", 8, "--log-every", 2, "--checkpoint-every", 3),
-    *("--eval-every", 12, "--data.buckets", 2, "--optimizer.learning-rate", 1e-3),
+    *("--eval-every", 12, "--data.buckets", 1, "--optimizer.learning-rate", 1e-3),
     *("--data.augment.mirror", "--data.augment.brightness", 0.1),
 )
 
@@ -60,7 +60,7 @@ def finish(process: ForkServerProcess, seconds: float = 120) -> int | None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_long_and_short(tmp_path_factory.mktemp("data"), 40)
+    return write_pairs(tmp_path_factory.mktemp("data"), "a", 40)
 
 
 @pytest.fixture(scope="module")

@@ -143,9 +143,9 @@ def test_training_draws_from_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_blank_tile_is_drawn_alike_however_the_batch_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [
         losses(*program_and_batch(monkeypatch, "shortcut_aware", proxy_input="blank", micro_batches=m), steps=1)
-        for m in (1, 2, 4)
+        for m in (1, 4)
     ]
-    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
 
 
 def test_one_compiled_step_draws_by_the_seed_of_its_state(monkeypatch: pytest.MonkeyPatch) -> None:

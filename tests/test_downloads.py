@@ -54,6 +54,7 @@ def test_a_public_data_set_is_split_by_image(tmp_path: Path, builder) -> None:
     assert not set(images(train)) & set(images(validation)) and images(validation)
     assert result.overlaps == () and result.duplicates_file.read_text() == ""
     assert train[0].prompt == "p" and len(train[0].comparisons) == 1
+    assert {source[i].environment for source in (train, validation) for i in range(len(source))} == {builder.name}
     reasons = [entry.reason.split(":")[0] for entry in result.quarantined]
     want = {"vl_feedback": ["unrated response"] * 8, "povid": ["empty response"]}
     assert reasons == want.get(builder.name, ["unusable image"])

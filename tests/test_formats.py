@@ -232,6 +232,12 @@ BROKEN = {
     "llava neither": ({**LLAVA, "preference": 3}, "wrong value: 'preference' is 3; it must be 1 or 2"),
     "llava missing": (without(LLAVA, "preference"), "missing field: the row has no 'preference'; fields found: conv"),
     "align": ({**ALIGN, "overall_response": True}, "wrong value: 'overall_response' is True; it must be 1 or 2"),
+    "pairs video": ({**PART, "img_path": "i.png", "videos": ["v.mp4"]}, "video: 'videos' is ['v.mp4']; only images"),
+    "trl audio": ({**TRL, "audio": "a.wav"}, "audio: 'audio' is 'a.wav'; only images are read"),
+    "a system field": (
+        {**FACTORY, "system": "Answer in French."},
+        "system: 'system' is 'Answer in French.', which would",
+    ),
     "mm-rlhf video": ({**PART, "video": "v.mp4"}, "video: 'video' is 'v.mp4'; only images are read"),
     "mm-rlhf tie": ({**MM_RLHF, "is_tie": 1}, "wrong type: 'is_tie' is 1; it must be true or false"),
     "url": (

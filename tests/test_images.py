@@ -286,6 +286,12 @@ def test_exif_orientation_is_not_applied_and_every_mode_becomes_rgb():
     exif[0x0112] = 6  # "rotate by 90 degrees"
     assert load_image(encoded(image, "JPEG", exif=exif)).size == (30, 10)
     assert load_image(encoded(image, "MPO", save_all=True, append_images=[image])).size == (30, 10)  # as phones write
-    for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
+    for mode in ("1", "L", "LA", "P", "RGBA"):
         assert load_image(encoded(Image.new(mode, (3, 2)))).mode == "RGB"
     assert load_image(encoded(Image.new("CMYK", (3, 2)), "JPEG")).mode == "RGB"
+
+
+@pytest.mark.parametrize(("mode", "form"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
+def test_pixels_of_more_than_8_bits_are_refused_and_not_cut_off(mode, form):
+    with pytest.raises(ImageError, match=r"image of \d+ bytes has pixels of more than 8 bits \(mode .*save it with 8"):
+        load_image(encoded(Image.new(mode, (3, 2)), form))

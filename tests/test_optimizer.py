@@ -33,6 +33,7 @@ def names(tree) -> set[str]:
 
 
 def test_schedule_by_hand() -> None:
+    assert float(learning_rate(OptimizerConfig(learning_rate=2.0, warmup_fraction=0.1), 104)(11)) == 2.0  # not 10
     rate = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_fraction=0.1), 100)
     # 10 steps of warm-up, then 90 of half a cosine: at 55 it has run half its way, at 40 a third (cos 60 deg = 1/2)
     by_hand = {0: 0.0, 1: 0.2, 5: 1.0, 10: 2.0, 40: 2 * (1 + 0.5) / 2, 55: 1.0, 70: 2 * (1 - 0.5) / 2, 100: 0.0}

@@ -11,11 +11,13 @@ from flax import nnx
 from test_hf import VARIANTS
 from tiny_models import MODEL, flat, make_batch, one_micro, random_group, random_params
 
-from mmrm_jax.config import ModelConfig
+from mmrm_jax.config import MeshConfig, ModelConfig
 from mmrm_jax.eval.scorer import make_score_step
 from mmrm_jax.models.decoder import look_up
 from mmrm_jax.models.hf.weights import load_params, save_params
+from mmrm_jax.models.layers import Linear
 from mmrm_jax.objectives import standard
+from mmrm_jax.sharding import make_mesh
 from mmrm_jax.train.state import abstract_model
 from mmrm_jax.train.step import make_eval_step
 from mmrm_jax.types import Batch, Comparison
@@ -75,6 +77,14 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32() -> None:
     found = jax.grad(lambda t: jnp.sum(look_up(t, tokens, jnp.dtype("bfloat16"))) * exact)(table)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, [[times * exact] * 2, [0, 0], [exact] * 2], rtol=EPSILON)
+
+
+def test_gradients_of_biases_are_summed_in_float32() -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        graphdef, params = nnx.split(Linear((4, 4), (None, None), bias=True, rngs=nnx.Rngs(0)))
+    x = jnp.zeros((32_768, 4), jnp.bfloat16)
+    found = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x).astype(jnp.float32)))(params)
+    np.testing.assert_array_equal(found["bias"][...], np.full(4, 32_768.0))  # a sum in bfloat16 gives half of it
 
 
 def test_gradients_in_bfloat16_are_near_those_in_float32() -> None:

@@ -182,6 +182,17 @@ def test_prefix_and_response_make_the_whole_conversation(chat, seed):
             assert len(prefix.tokens) == shared
 
 
+@pytest.mark.parametrize("prompt", ["<image>\nwhat is this ?", "<image>what is this ?", "what is this ?\n<image>"])
+def test_a_caption_stands_before_the_prompt_without_its_image(chat, prompt):
+    """Wherever the image stands, and in place of it."""
+    found = encode_texts(chat, prompt, ["yes"], 1, {"primary": "caption", "proxy": "absent"}, 200, "a dog .")
+    decoded = {
+        b: chat.tokenizer.decode(c.tokens.tolist(), skip_special_tokens=False) for b, c in found.prefixes.items()
+    }
+    assert "image>" not in decoded["primary"] and "user\na dog .\nwhat" in decoded["primary"], decoded
+    assert decoded["primary"].replace("a dog .\n", "") == decoded["proxy"]
+
+
 def test_what_all_responses_begin_with_is_counted(chat):
     """A response has the same number of tokens in every group, wherever they lie: in the prefix or after it."""
 

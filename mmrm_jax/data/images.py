@@ -90,17 +90,28 @@ def load_image(image: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image
     """The fully decoded RGB image; of an animation, the first frame.
 
     Transparency is dropped and EXIF orientation is not applied, as in the authors' preprocessing. Raises ImageError
-    where the file is missing, no image, damaged or cut short, or has no pixels or more than `max_pixels`; the size is
-    checked before anything is decoded.
+    where the file is missing, no image, damaged or cut short, has no pixels or more than `max_pixels`, or pixels that
+    are not of 8 bits; the size is checked before anything is decoded.
     """
     with _opened(image, max_pixels) as opened:
-        return opened.convert("RGB")
+        return as_rgb(opened, _name(image))
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """RGB, transparency dropped. Raises ImageError for 16 bits and more, all of which Pillow would cut off at 255."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ImageError(f"{name} has pixels of more than 8 bits (mode {image.mode}); save it with 8 bits a channel")
+    return image.convert("RGB")
+
+
+def _name(image: Path | bytes) -> str:
+    return f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {image}"
 
 
 @contextlib.contextmanager
 def _opened(image: Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image, check its size, and turn whatever goes wrong until the end of the block into ImageError."""
-    name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {image}"
+    name = _name(image)
     try:
         with warnings.catch_warnings():
             # Our own limit stands in for Pillow's bomb warning; damaged metadata is no matter where the pixels decode.

@@ -8,6 +8,7 @@ conversation as one string, in which it can; for any other text the ids are the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -159,13 +160,15 @@ class ChatTokenizer:
         view: BranchInput,
         known: dict[str, list[int]] | None = None,
         history: Sequence[str] = (),
+        caption: str | None = None,
     ) -> Conversation:
         """One prompt and response as a branch sees them; `known` is `encode`'s.
 
         `history` are the turns before the prompt, of the user and the assistant in turn. `tiles` are those of each
         image, a number those of the only one (0: there is none). Images stand where the prompt or the user's turns
         before it say (see `split_turns`). `absent` leaves them out, `blank` puts the one blank tile in the place of
-        each, `image_only` leaves out the prompt's text; without images there is one for `blank` alone.
+        each, `image_only` leaves out the prompt's text; without images there is one for `blank` alone. A `caption`
+        has a line of its own before all turns of a view without images.
         """
         counts = [tiles] * bool(tiles) if isinstance(tiles, int) else list(tiles)
         asked, answers = ([*history[::2], prompt], history[1::2]) if view != "image_only" else ([""], ())
@@ -174,6 +177,8 @@ class ChatTokenizer:
             counts = [1] * (len(counts) or 1)
         if view == "absent" or not counts:
             counts, parts = [], [(without_images(part),) for part in parts]
+            if caption is not None:
+                parts[0] = (f"{caption}\n{parts[0][0]}",)
         slots = [count * self.visual_tokens_per_tile for count in counts]
         try:
             pieces = self.template.pieces(parts[-1], slots, response, list(zip(parts, answers, strict=False)))
@@ -232,13 +237,6 @@ class GroupTokens:
     opening: int
 
 
-def captioned(prompt: str, caption: str | None) -> str:
-    """A prompt with a caption before it. Raises TextError where there is none."""
-    if caption is None:
-        raise TextError("no caption: `caption_only` reads the field 'caption', which says what the image shows")
-    return f"{caption}\n{prompt}"
-
-
 def encode_texts(
     chat: ChatTokenizer,
     prompt: str,
@@ -260,18 +258,18 @@ def encode_texts(
     opening = 0
     known: dict[str, list[int]] = {}
     for branch, view in views.items():
-        first, *rest = (*history, prompt)
-        if view == "caption":
-            first, view = captioned(first, caption), "absent"
-        *before, asked = [first, *rest]
+        if view == "caption" and caption is None:
+            raise TextError("no caption: `caption_only` reads the field 'caption', which says what the image shows")
+        view, said = ("absent", caption) if view == "caption" else (view, None)
+        encode = functools.partial(chat.conversation, prompt, tiles=tiles, view=view, known=known, history=history)
         whole = []
         for response in responses:  # each is checked before the next one is tokenised
-            whole.append(chat.conversation(asked, response, tiles, view, known, before))
+            whole.append(encode(response=response, caption=said))
             if (length := len(whole[-1].tokens)) > max_length:
                 raise TextError(f"a conversation has {length} tokens, over the budget of max_length={max_length}")
         split = common_prefix([c.tokens for c in whole])
         if tails is None:
-            empty = chat.conversation(asked, "", tiles, view, known, before)
+            empty = encode(response="", caption=said)
             opening = split - common_prefix([empty.tokens, *(c.tokens for c in whole)])
         prefixes[branch] = Conversation(whole[0].tokens[:split], whole[0].visual[:split])
         ends = tuple(c.tokens[split:] for c in whole)

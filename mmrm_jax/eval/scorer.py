@@ -27,7 +27,7 @@ from mmrm_jax.data.batching import EncodedGroup, collate
 from mmrm_jax.data.buckets import BatchShape
 from mmrm_jax.data.folder import read_object
 from mmrm_jax.data.formats.fields import Field, check_asked, check_response
-from mmrm_jax.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, tile_image
+from mmrm_jax.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, as_rgb, tile_image
 from mmrm_jax.data.ladder import Ladder, step_up
 from mmrm_jax.models.hf.names import PROXY_PREFIX
 from mmrm_jax.models.hf.tensors import open_tensors
@@ -367,6 +367,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"the image of {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}")
     try:
-        return image.convert("RGB")
+        return as_rgb(image, "the image")
     except DECODE_ERRORS as error:
         raise ImageError(f"the image cannot be decoded: {error}") from error

@@ -74,7 +74,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B i"]) -> Float[Array, "*B o"]:
         y = (jnp.dot if self.adapted else product)(x, self.kernel[...].astype(x.dtype))
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), LINEAR)
+        if self.bias is not None:  # in float32, as which its gradient is then summed: over many tokens bfloat16 stops
+            y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return checkpoint_name(y, LINEAR)
 
 
 class Norm(nnx.Module):

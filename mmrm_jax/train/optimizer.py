@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,8 +18,11 @@ KNOWN_NORMS = ("llama", "qwen2", "qwen3")  # decoder families whose RMS norms th
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 (the first step has rate 0), then half a cosine to 0 at `steps`."""
-    warmup = max(1, round(config.warmup_fraction * steps))
+    """Linear warm-up from 0 (the first step has rate 0), then half a cosine to 0 at `steps`.
+
+    A fraction of a step of warm-up is a whole one, as in the Hugging Face Trainer.
+    """
+    warmup = max(1, math.ceil(round(config.warmup_fraction * steps, 6)))
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1), 0.0)
 
 

@@ -73,6 +73,7 @@ def make_group(
     record: Record, row: Row, origin: Origin, responses: tuple[str, ...], comparisons: tuple[Comparison, ...]
 ) -> Group:
     """The group of a record's own prompt and images. Raises RowError where one of them cannot be used."""
+    check_read(row)
     if row.get("history") and not record.history:
         raise RowError("turns not read: 'history' has turns that this format does not read; write them as messages")
     images = tuple(_image(field, origin) for field in record.images)
@@ -92,6 +93,19 @@ def make_group(
         caption=_caption(row),
         history=tuple(history),
     )
+
+
+def check_read(row: Row) -> None:
+    """Raises RowError where answers were judged by what would not be read of a row."""
+    for name in ("video", "videos", "audio", "audios"):
+        if row.get(name):
+            kind, shown = name.rstrip("s"), f"{row[name]!r:.80}"
+            raise RowError(f"{kind}: '{name}' is {shown}; only images are read: leave the row out")
+    if row.get("system"):
+        raise RowError(
+            f"system: 'system' is {row['system']!r:.80}, which would not be read; put it into the prompt, or leave the "
+            "row out"
+        )
 
 
 def _caption(row: Row) -> str | None:
@@ -124,7 +138,7 @@ def in_place(field: Field, images: int) -> Field:
     if places == 1:
         before, after = text.split(IMAGE_PLACEHOLDER)
         line = "\n" if before and not before.endswith("\n") else ""
-        end = "\n" if before and not after.startswith("\n") else ""
+        end = "\n" if before and after and not after.startswith("\n") else ""
         text = before + line + IMAGE_PLACEHOLDER + end + after
     return Field(field.name, text)
 

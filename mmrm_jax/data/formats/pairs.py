@@ -13,6 +13,7 @@ from mmrm_jax.data.formats.fields import (
     Row,
     RowError,
     check_list,
+    check_read,
     check_response,
     number,
     pictures,
@@ -81,8 +82,7 @@ def read_align_anything(row: Row) -> Record:
 
 def read_mm_rlhf(row: Row) -> Record:
     """MM-RLHF: `prompt, chosen, rejected, image | video`, optional `is_tie`. A row about a video cannot be used."""
-    if row.get("video"):
-        raise RowError(f"video: 'video' is {row['video']!r:.80}; only images are read: leave the row out")
+    check_read(row)
     return read_pair(row)
 
 

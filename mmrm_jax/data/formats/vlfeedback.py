@@ -53,7 +53,8 @@ def mean_rating(annotations: Any) -> float | None:
     """The mean of a completion's aspect ratings `{aspect: {"Rating": ...}}`; None where it cannot be compared.
 
     A rating counts as what `float()` makes of it ("4", " 4 ", "1e0", 4). One that is no finite number, or missing,
-    makes the whole completion incomparable, as in the authors' code, which raises at a missing one.
+    makes the whole completion incomparable, as in the authors' code, which raises at a missing one. An aspect that a
+    completion has nothing of is not missed, as there: Parquet, where it is null, has it without a rating.
     """
     if not isinstance(annotations, dict) or not annotations:
         return None

@@ -73,6 +73,7 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
         files: Sequence[str | Path],
         *,
         image_root: Path | None,
+        environment: str | None = None,
         strict: bool,
         wanted: Callable[[Group], bool] = lambda group: True,
         record: bool = True,
@@ -88,7 +89,7 @@ class GroupBuilder(tfds.core.GeneratorBasedBuilder):
             path = split_format(spec)[0]
             quarantined: list[Quarantined] = []
             written = comparisons = left = 0
-            rows = each_group(spec, image_root=image_root)
+            rows = each_group(spec, image_root=image_root, environment=environment)
             for each in track(rows, description=escape(f"{path.name} → {split}"), console=Console(stderr=True)):
                 if isinstance(each, Group):
                     if not wanted(each):

@@ -59,6 +59,7 @@ class Downloaded(GroupBuilder, skip_registration=True):
                 split,
                 files,
                 image_root=folder,
+                environment=self.name,  # whatever the parts that it comes in are called
                 strict=config.strict,
                 wanted=lambda group, side=side: ((group.file, group.row) in held) == side,
                 record=not side,

@@ -51,9 +51,9 @@ class RewardModel(InternVL):
         return self.score_of(_at_last(hidden, responses))
 
     def score_of(self, pooled: Float[Array, "G N D"]) -> Float[Array, "G N"]:
-        """Rewards from pooled hidden states."""
+        """Rewards from pooled hidden states, in whole float32 on accelerators, too, whose default is less."""
         with jax.named_scope("score"):
-            return pooled @ self.score[...]
+            return jnp.matmul(pooled, self.score[...], precision="highest")
 
 
 @jax.named_scope("score")

@@ -33,6 +33,7 @@ from mmrm_jax.cli_args import (
     ScoreArgs,
     ServeArgs,
     TrainArgs,
+    check_result_file,
     list_options,
 )
 from mmrm_jax.config import AblateConfig, Environment, MatrixConfig, TrainConfig
@@ -375,14 +376,14 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 def _parse(
     command: str, cls: type[C], argv: Sequence[str], default: C | None = None, required: tuple[str, ...] = ()
 ) -> C:
-    prog = f"mmrm {command}"
     for name in list_options(cls):
         if sum(word.partition("=")[0] == name for word in argv) > 1:
             raise ValueError(f"{name} is given twice, of which the last alone would count: one {name} takes all values")
-    if default is None:
-        return tyro.cli(cls, prog=prog, args=list(argv))
     missing = {name: tyro.MISSING for name in required}
-    return tyro.cli(cls, prog=prog, args=list(argv), default=dataclasses.replace(default, **missing))  # type: ignore[type-var]
+    given = {} if default is None else {"default": dataclasses.replace(default, **missing)}  # type: ignore[type-var]
+    args = tyro.cli(cls, prog=f"mmrm {command}", args=list(argv), **given)
+    check_result_file(getattr(args, "json", None))
+    return args
 
 
 def _with_runs(config: MatrixConfig, cls: type[TrainConfig], **changes: Any) -> MatrixConfig:

@@ -375,3 +375,14 @@ def list_options(cls: type, prefix: str = "--") -> list[str]:
         elif typing.get_origin(hint) is tuple:
             found.append(option)
     return found
+
+
+def check_result_file(path: Path | None) -> None:
+    """Raises ValueError where `--json FILE` would overwrite what no command wrote: a result begins with a brace alone
+    on its line, rows of data do not."""
+    if path is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        begins = file.read(2)
+    if begins not in (b"", b"{\n"):
+        raise ValueError(f"--json {path} would overwrite a file that is no result of mmrm's; name another")

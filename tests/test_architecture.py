@@ -16,7 +16,7 @@ MAX_LINES = 450
 # A layer may import the layers below it and itself. Those on one line do not know each other, except in the first,
 # the foundation. The package's own __init__ belongs to the foundation: importing anything runs it.
 LAYERS = (
-    ("__init__", "types", "config", "model_config", "sharding", "distributed", "signals"),
+    ("__init__", "types", "config", "model_config", "sharding", "distributed", "signals", "files"),
     ("data", "models", "objectives"),
     ("train",),
     ("tiny", "plan"),

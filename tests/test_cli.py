@@ -327,6 +327,19 @@ def test_a_set_up_that_failed_does_not_hold_its_directory(capsys, tmp_path, comm
         assert status == 2 and message in text and not (out / "config.json").exists(), text
 
 
+def test_a_result_does_not_overwrite_what_is_no_result(capsys, tmp_path):
+    file = write_pairs(tmp_path, "a", 2)
+    before = file.read_text()
+    prepare = ("prepare", file, "--json")
+    status, text = run(capsys, *prepare, file, "--out", tmp_path / "o")
+    assert status == 2 and f"--json {file} would overwrite" in text and not (tmp_path / "o").exists()
+    assert file.read_text() == before
+    (tmp_path / "empty").write_text("")
+    for name in ("new", "new", "empty"):
+        status, text = run(capsys, *prepare, tmp_path / name, "--out", tmp_path / f"{name}-{len(text)}")
+        assert status == 0 and json.loads((tmp_path / name).read_text())["splits"], text
+
+
 def test_the_systems_own_errors_are_plain(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     file = write_pairs(tmp_path, "a", 2)

@@ -213,6 +213,10 @@ BROKEN = {
         {**TRL, "prompt": [message("user", ..., ..., "p")]},
         "images and places differ: 'prompt[0].content' has 2 <image> but the row has 1 image(s)",
     ),
+    "trl text": (
+        {**TRL, "prompt": [message("user", ..., "What does <image> mean?")]},
+        "image place in a text: a text part of 'prompt[0].content' says <image>",
+    ),
     "trl same": ({**TRL, "rejected": [GOOD]}, "identical responses: 'chosen[0].content' and 'rejected[0].content'"),
     "trl system": (
         {**TRL, "prompt": [message("system", "s"), ASKED]},

@@ -283,9 +283,13 @@ def test_fingerprint_is_of_content_and_order(folder):
         (dataclasses.replace(one, comparisons=(Comparison(1, 0),)), two, three),
         (dataclasses.replace(one, image=folder / "2.png"), two, three),
         (dataclasses.replace(one, image=folder / "gone.png"), two, three),
+        (one, two, dataclasses.replace(three, environment="x")),
+        (dataclasses.replace(one, environment="x"), two, three),
     ]
     found = {fingerprint(MemorySource(tuple(groups)), {}) for groups in changed}
     assert len(found) == len(changed) and first not in found
+    renamed = [dataclasses.replace(group, environment="x") for group in groups_of(source)]
+    assert fingerprint(MemorySource(tuple(renamed)), {}) == first, "what one environment is called does not matter"
 
 
 def test_tensorflow_is_never_imported(folder):

@@ -95,6 +95,8 @@ def test_stripping_without_an_image() -> None:
         ("a\n<image>\nb\n<image>", ("a\n", "\nb\n<image>")),
         ("Is <image> a tag?", ("", "\nIs <image> a tag?")),
         ("a <image>", ("", "\na <image>")),
+        ("a\r\n<image>\r\nb", ("a\r\n", "\r\nb")),
+        ("a\n<image> \nb", ("a\n", " \nb")),
     ],
 )
 def test_where_the_image_stands(prompt: str, parts: tuple[str, str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from mmrm_jax.data.folder import why
 from mmrm_jax.data.formats import Format, find_format, parse_row
 from mmrm_jax.data.formats.fields import Origin, RowError, identity
+from mmrm_jax.files import write_atomic
 from mmrm_jax.types import Group, Quarantined
 
 
@@ -103,7 +104,7 @@ def write_quarantine(path: str | Path, entries: Iterable[Quarantined]) -> None:
     """Write the entries as JSONL, one `{"file", "row", "id", "reason"}` a line."""
     fields = ("file", "row", "id", "reason")
     lines = [json.dumps({field: getattr(entry, field) for field in fields}) + "\n" for entry in entries]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_atomic(Path(path), "".join(lines))
 
 
 def read_quarantine(path: str | Path) -> list[Quarantined]:

@@ -237,14 +237,15 @@ def _image_identity(image: Path | bytes, group: Group, known: dict[Path, str]) -
 
 
 def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
-    """SHA-256 of what training and testing see of a source: ids, prompts, responses, comparisons and images, in order.
+    """SHA-256 of what training and testing see of a source: ids, prompts, responses, comparisons and images, in order,
+    and where there are several environments, which groups share one.
 
     `known` is shared between sources that show the same files, as in `group_identity`. Where files lie and what they
     are called does not matter. An image that cannot be read counts as such: it is quarantined, not used. Of several
     processes each reads its part of the images.
     """
 
-    def line(index: int) -> str:
+    def line(index: int) -> tuple[str, str]:
         group = source[index]
         try:
             image = group_identity(group, known)
@@ -252,12 +253,18 @@ def fingerprint(source: GroupSource, known: dict[Path, str]) -> str:
             image = "unreadable"
         comparisons = [dataclasses.astuple(comparison) for comparison in group.comparisons]
         caption = [] if group.caption is None else [group.caption]
-        return json.dumps([group.id, _turns_text(group), group.responses, comparisons, image, *caption])
+        text = json.dumps([group.id, _turns_text(group), group.responses, comparisons, image, *caption])
+        return text, group.environment
 
     total = hashlib.sha256()
+    numbers: dict[str, int] = {}
+    environments: list[int] = []
     for start in range(0, len(source), _BLOCK):
-        for text in divided(lambda i, start=start: line(start + i), min(_BLOCK, len(source) - start)):
+        for text, name in divided(lambda i, start=start: line(start + i), min(_BLOCK, len(source) - start)):
             total.update(text.encode() + b"\n")
+            environments.append(numbers.setdefault(name, len(numbers)))
+    if len(numbers) > 1:
+        total.update(json.dumps(environments).encode())
     return total.hexdigest()
 
 

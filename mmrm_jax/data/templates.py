@@ -22,7 +22,7 @@ IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 
 # Where a prompt says that its image stands: at its beginning, or alone on a line. In the middle of a line the
 # placeholder is text about images, and the authors' code leaves it as it is, too.
-_PLACE = re.compile(rf"\A{IMAGE_PLACEHOLDER}|^{IMAGE_PLACEHOLDER}$", re.MULTILINE)
+_PLACE = re.compile(rf"\A{IMAGE_PLACEHOLDER}|^{IMAGE_PLACEHOLDER}(?=[ \t]*\r?$)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)

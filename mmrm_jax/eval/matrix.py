@@ -28,6 +28,7 @@ from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, 
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.eval.stages import Build, Show, first_params, run_before
+from mmrm_jax.files import write_atomic
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
@@ -358,9 +359,7 @@ def write_cell(folder: Path, result: CellResult) -> None:
         rewards[test] = e.mean_reward
     np.savez(folder / "evaluations.npz", **arrays)  # type: ignore[arg-type]
     summary = {"seconds": result.seconds, "mean_reward": rewards, "history": result.history}
-    part = folder / "cell.json.part"
-    part.write_text(json.dumps(summary) + "\n")
-    part.rename(folder / "cell.json")
+    write_atomic(folder / "cell.json", json.dumps(summary) + "\n")
 
 
 def read_cell(folder: Path, cell: Cell) -> CellResult:

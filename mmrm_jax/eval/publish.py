@@ -17,6 +17,7 @@ from mmrm_jax.eval.metrics import cell_row, named_rng
 from mmrm_jax.eval.report import ReportData, SfcExample, headline, write_report
 from mmrm_jax.eval.report_plots import Curve, SfcHistory
 from mmrm_jax.eval.summary import format_matrix, summarise
+from mmrm_jax.files import write_atomic
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.train.step import SFC_BINS
 from mmrm_jax.types import Quarantined
@@ -48,7 +49,7 @@ def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
         "unreadable": [dataclasses.asdict(entry) for entry in unreadable],
         "config": to_json(config),
     }
-    (config.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_atomic(config.out / "results.json", json.dumps(result, indent=1) + "\n")
     report = config.out / "report.html"
     write_report(report, _report_data(matrix, rows, summary, command))
     console.print(f"{training:.0f} s of training, {matrix.seconds:.0f} s in this command; report: {report}")

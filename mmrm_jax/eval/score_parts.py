@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from mmrm_jax.data.scoring import ScoringRow
 from mmrm_jax.distributed import any_process, barrier, is_main
+from mmrm_jax.files import write_atomic
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
-from mmrm_jax.train.manifest import write_atomic
 from mmrm_jax.types import Quarantined
 
 COLUMNS = {name: pa.string() for name in ("id", "history", "prompt", "img_path", "response")}

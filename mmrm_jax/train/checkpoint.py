@@ -19,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.distributed import any_process, is_main
-from mmrm_jax.train.manifest import damage, read_manifest, write_atomic, write_manifest
+from mmrm_jax.files import write_atomic
+from mmrm_jax.train.manifest import damage, read_manifest, write_manifest
 from mmrm_jax.types import PyTree
 
 Warn = Callable[[str], None]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from mmrm_jax.files import write_atomic
 
 _NAME = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
 _THREADS = 4  # hashing leaves Python's lock, and one thread does 1 to 2 GB/s: about as much as a disk gives
@@ -58,16 +59,6 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(lambda item: _problem(folder / item[0], item[1]), mine)
         return next((problem for problem in problems if problem), None)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that whoever is killed meanwhile leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _problem(file: Path, entry: dict[str, Any]) -> str | None:

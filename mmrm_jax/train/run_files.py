@@ -10,8 +10,8 @@ from typing import Any
 
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.distributed import is_main
+from mmrm_jax.files import write_atomic
 from mmrm_jax.train.checkpoint import Checkpoints
-from mmrm_jax.train.manifest import write_atomic
 from mmrm_jax.train.state import TrainState
 
 

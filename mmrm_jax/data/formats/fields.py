@@ -138,7 +138,7 @@ def in_place(field: Field, images: int) -> Field:
     if places == 1:
         before, after = text.split(IMAGE_PLACEHOLDER)
         line = "\n" if before and not before.endswith("\n") else ""
-        end = "\n" if before and after and not after.startswith("\n") else ""
+        end = "\n" if before and after and not after.startswith(("\n", "\r\n")) else ""
         text = before + line + IMAGE_PLACEHOLDER + end + after
     return Field(field.name, text)
 

@@ -229,4 +229,9 @@ def _joined(content: Field) -> tuple[Field, int]:
                 f"wrong type: '{content.name}[{i}]' is {part!r:.80}; a part must be {{'type': 'text', 'text': ...}} or "
                 "{'type': 'image'}"
             )
+    if places and text.count(IMAGE_PLACEHOLDER) > places:
+        raise RowError(
+            f"image place in a text: a text part of '{content.name}' says {IMAGE_PLACEHOLDER}, and image parts stand "
+            "beside it; which is the image's place cannot be told: leave it out of the text"
+        )
     return Field(content.name, text), places

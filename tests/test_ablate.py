@@ -90,11 +90,9 @@ def some_rows() -> list[dict]:
 def test_one_table_in_four_forms() -> None:
     rows = some_rows()
     lines = as_markdown(rows).splitlines()
-    assert lines[0] == (
-        "| objective | i.i.d. | o.o.d. | i.i.d. − standard | o.o.d. − standard | SFD − standard | forwards | time |"
-    )
-    assert lines[2] == "| standard | 90.0 | 60.0 | – | – | – | – | – |"
-    assert lines[3] == (r"| a\|b_c | 88.0 | 70.0 | −2.0 (−3.0 to −1.0) | +10.0* (+9.0 to +11.0) | – | 2 | 1.50× |")
+    assert lines[0] == ("| objective | i.i.d. | o.o.d. | i.i.d. − standard | o.o.d. − standard | forwards | time |")
+    assert lines[2] == "| standard | 90.0 | 60.0 | – | – | – | – |"
+    assert lines[3] == (r"| a\|b_c | 88.0 | 70.0 | −2.0 (−3.0 to −1.0) | +10.0* (+9.0 to +11.0) | 2 | 1.50× |")
     latex = as_latex(rows, "A & B")
     assert r"a|b\_c & 88.0" in latex and r"+10.0* (+9.0 to +11.0)" in latex and r"\caption{A \& B. In" in latex
     back = list(csv.DictReader(io.StringIO(as_csv(rows))))
@@ -166,6 +164,23 @@ def test_what_is_turned_round_is_marked(tmp_path) -> None:
     assert r"a|b\_c $\dagger$" in as_latex(rows, "x")
     write_page(tmp_path / "r.html", "x", "y", {}, rows, {})
     assert "a|b_c: worse than chance in distribution" in (tmp_path / "r.html").read_text()
+
+
+def test_one_training_environment_has_a_report_of_other_tests(tmp_path) -> None:
+    def row(objective: str, measure: str, mean: float, versus: str | None = None) -> dict:
+        found = {"setting": "", "measure": measure, "objective": objective, "versus": versus, "mean": mean}
+        return found | {"low": mean - 0.01, "high": mean + 0.01, "seeds": 1, "p": 0.01, "p_holm": 0.01}
+
+    summary = [row(o, m, 0.5 + i / 10) for i, o in enumerate(("standard", "focal")) for m in ("iid", "other")]
+    summary += [row("focal", measure, 0.1, "standard") for measure in ("iid", "other")]
+    costs = [{"setting": "", "objective": "focal", "forwards": 2, "seconds": 3.0, "versus": 1.5, "runs": 9}]
+    rows = table_rows(summary, costs)
+    write_page(tmp_path / "r.html", "x", "y", {}, rows, {})
+    page = (tmp_path / "r.html").read_text()
+    assert "On other tests 1 of 1 are better than standard training" in page and "o.o.d. − standard" not in page
+    assert "The highest is focal: +10.0 points, in distribution +10.0 points." in page
+    assert "Nothing." not in page and "No times." not in page and page.count("data:image/png") == 3
+    assert "One seed: intervals and stars are of these trained models" in page and ".." not in legend(rows)
 
 
 def test_a_small_ablation_and_again(capsys, tmp_path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from commands import run, write_pairs
 from scipy.sparse import csr_array
 
-from mmrm_jax.audit.across import text_families, transfer
+from mmrm_jax.audit.across import near_duplicates, text_families, transfer
 from mmrm_jax.audit.baselines import (
     accuracy_by_text,
     accuracy_by_unit,
@@ -210,9 +210,34 @@ def test_near_duplicates_are_found_and_others_are_not():
     texts += [texts[0] + " more", "", texts[7].upper() + "!"]
     pairs, similarity = near_pairs(count_words(texts).sets)
     assert pairs.tolist() == [[0, 200], [7, 202]] and similarity[1] == 1.0 and 0.8 < similarity[0] < 1
-    families = text_families(count_words(texts).sets)[0]
+    families = text_families(count_words(texts).sets)
     assert families[0] == families[200] and len(set(families)) == 201
     assert near_pairs(count_words(["", "!"]).sets)[0].shape == (0, 2)
+
+
+def test_near_duplicates_of_an_environment_are_its_own():
+    """Two texts that only a third, of another environment, is near to both of."""
+    words = [f"word{i}" for i in range(40)]
+    one, between, two = (" ".join(words[start : start + 34]) for start in (0, 3, 6))
+    here = MemorySource((group(1, one, "good"), group(2, two, "bad")))
+    there = MemorySource((group(3, between, "else"),))
+    corpus = index_comparisons([("here", "here", here), ("there", "there", there)])
+    sets = count_words(corpus.texts).sets
+    assert len(set(text_families(sets)[[0, 2, 4]])) == 1, "the third links them"
+    found = near_duplicates(corpus.environments[0], corpus.texts, sets)
+    assert (found["near"], found["examples"]) == (0, [])
+    both = corpus_of(*(here[i] for i in range(2)), there[0])
+    found = near_duplicates(both.environments[0], both.texts, count_words(both.texts).sets)
+    assert found["near"] == 3 and found["examples"][0]["similarity"] > 0.8
+
+
+def test_of_equal_lengths_nothing_is_said_of_the_longer_one():
+    """In 40 % of comparisons the winner is longer, in none the loser: not 70 % with half of the others."""
+    rng = np.random.default_rng(0)
+    texts = [[sentence(rng), sentence(rng)] for _ in range(200)]
+    long = [[f"{a[:60]:.<60}" + "!" * 20 * (i < 80), f"{b[:60]:.<60}"] for i, (a, b) in enumerate(texts)]
+    said = " ".join(audited(*(group(i, *pair) for i, pair in enumerate(long)))["verdict"]["sentences"])
+    assert "Where one is longer, the longer response wins in 100.0 % (100.0 to 100.0; n = 80;" in said
 
 
 # --- whole environments --------------------------------------------------------------------------------------------

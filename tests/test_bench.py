@@ -85,6 +85,7 @@ def test_multimodal_rewardbench(folder: Path) -> None:
         ("7", "safety/bias", "Colour?"),
         ("8", "safety/bias", ""),
     ]
+    assert [i.group.id for i in items] == ["7", "8"] and left_out[0].id == "9"
     assert items[0].group.comparisons[0].winner == 1
     assert "'Better' is 'neither'; it must be Output1 or Output2" in left_out[0].reason
 
@@ -104,28 +105,45 @@ def test_mm_rlhf_rewardbench(folder: Path) -> None:
     assert [q.reason for q in left_out] == ["video: only images are read"]
 
 
+def test_preference_pairs_are_taken_for_no_benchmark(folder: Path) -> None:
+    """They have the fields of one; its name says that it is meant."""
+    with pytest.raises(DataError, match=r"no image's path names one .*--name mm-rlhf-rewardbench"):
+        read_benchmark(folder / "a.jsonl", None)
+    benchmark, items, _ = read_benchmark(folder / "a.jsonl", None, "mm-rlhf-rewardbench")
+    assert benchmark.by_question and len(items) == 8
+
+
+def test_a_damaged_proxy_is_not_taken_for_none(capsys, folder: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"proxy_input": "abssent"}))
+    status, text = run(capsys, "bench", vl_rewardbench(folder), "--model", tmp_path / "model", "--out", tmp_path / "o")
+    assert status == 2 and "proxy_input is 'abssent'" in text
+
+
 def test_metrics_by_hand() -> None:
-    margins = {"model": np.array([1.0, -1, 2, 0, 3])}
-    categories, questions = ["x", "x", "x", "y", "y"], ["1", "1", "2", "3", "4"]
-    rows = metric_rows(margins, categories, questions, np.arange(5), by_question=True)
+    margins = {"model": np.array(4 * [1.0, -1, 2, 0, 3])}
+    categories, questions = 4 * ["x", "x", "x", "y", "y"], [f"{i}-{q}" for i in range(4) for q in "11234"]
+    rows = metric_rows(margins, categories, questions, np.arange(20), by_question=True)
     found = {row["metric"]: (row["n"], row["accuracy"]) for row in rows}
     assert found == {
-        "x": (3, pytest.approx(2 / 3)),
-        "y": (2, 0.75),  # a margin of 0 counts half
-        "overall": (5, pytest.approx(0.7)),
+        "x": (12, pytest.approx(2 / 3)),
+        "y": (8, 0.75),  # a margin of 0 counts half
+        "overall": (20, pytest.approx(0.7)),
         "macro": (2, pytest.approx((2 / 3 + 0.75) / 2)),
-        "Acc+": (4, 0.5),
+        "Acc+": (16, 0.5),
     }
-    for row in rows:  # a category that many resamples lack has no interval
+    for row in rows:  # a category of eight images has no interval
         assert row["low"] is None or row["low"] <= row["accuracy"] <= row["high"]
     assert [row["metric"] for row in rows if row["low"] is None] == ["y", "macro"]
     np.testing.assert_array_equal(length_margins([("long", "a"), ("", "ab")]), [3, -2])
     # Pairs of one image are resampled together: a single one says nothing of how images differ.
-    (alone, *_) = metric_rows(margins, ["x"] * 5, questions, np.zeros(5, int), by_question=False)
+    (alone, *_) = metric_rows(margins, ["x"] * 20, questions, np.zeros(20, int), by_question=False)
     assert (alone["accuracy"], alone["low"], alone["high"]) == (0.7, None, None)
     # Of a question that lacks a pair nobody knows whether all are right.
-    *_, less = metric_rows(margins, categories, ["1", "1", None, "3", "4"], np.arange(5), by_question=True)
-    assert (less["metric"], less["n"], less["accuracy"]) == ("Acc+", 3, pytest.approx(1 / 3))
+    some = [None if question.endswith("2") else question for question in questions]
+    *_, less = metric_rows(margins, categories, some, np.arange(20), by_question=True)
+    assert (less["metric"], less["n"], less["accuracy"]) == ("Acc+", 12, pytest.approx(1 / 3))
 
 
 def test_a_benchmark_from_file_to_table(capsys, folder: Path, model: Path, tmp_path: Path) -> None:

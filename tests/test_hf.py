@@ -302,6 +302,8 @@ def test_native_config_round_trip(name: str) -> None:
     text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": scaling.pop("type", None), **scaling}
     text["rope_parameters"] = {k: v for k, v in text["rope_parameters"].items() if v is not None}
     assert config_from_hf(hf) == config
+    renamed = {k: v for k, v in text.items() if k != "rope_parameters"} | {"rope_scaling": text["rope_parameters"]}
+    assert config_from_hf({**hf, "text_config": renamed}) == config
     nested = {**text, "rope_parameters": {"full_attention": text["rope_parameters"]}}
     with pytest.raises(ValueError, match="rope_parameters has its own settings for full_attention"):
         config_from_hf({**hf, "text_config": nested})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ from mmrm_jax.eval.matrix import (
     write_cell,
 )
 from mmrm_jax.eval.matrix_data import Data
-from mmrm_jax.eval.publish import publish
+from mmrm_jax.eval.publish import modified, publish
 from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.objectives import OBJECTIVES
 from mmrm_jax.train.checkpoint import CheckpointError
@@ -125,6 +126,11 @@ def test_modifiers_are_trained_with_and_left_out_of_names():
         "standard+centring:weight=0.1+margin",
         "shortcut_aware+centring:weight=0.1+margin",
     ]
+    both = modified(dataclasses.replace(config, objectives=("text_only", "shortcut_aware")))
+    assert both.startswith(
+        "Every objective is trained with centring:weight=0.1, margin; the text-only model is the proxy"
+    )
+    assert modified(MatrixConfig(modifiers=("margin:m=2",))) == "Every objective is trained with margin:m=2."
 
 
 def test_a_cell_comes_back_as_it_was_written(tmp_path):

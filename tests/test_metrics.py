@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mmrm_jax.eval.metrics import CellScores, cell_row, correctness, interval, named_rng
+from mmrm_jax.eval.metrics import MIN_CLUSTERS, CellScores, cell_row, correctness, interval, named_rng
 from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.summary import _seed_weights, cell_kind, format_matrix, mean_over_seeds, summarise
 from mmrm_jax.objectives import standard
@@ -197,6 +197,23 @@ def test_bootstrap_is_fast_and_chunked_draws_keep_their_width():
     assert time.perf_counter() - start < 3
     width = result["accuracy_high"] - result["accuracy_low"]
     assert width == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(9000), rel=0.15)
+
+
+@pytest.mark.parametrize("images", [2, MIN_CLUSTERS - 1, MIN_CLUSTERS])
+def test_few_images_leave_no_interval(images):
+    """However many another test has; what two images agree in has no p value either."""
+    few, many = np.arange(images).repeat(20) % images, np.arange(60)
+    cells = [
+        cell(sign * np.ones(size), objective=objective, train=train, test=f"t{test}", clusters=clusters)
+        for objective, sign in (("standard", -1.0), ("other", 1.0))
+        for train in ("a", "b")
+        for test, size, clusters in (("a", few.size, few), ("b", many.size, many))
+    ]
+    enough = images >= MIN_CLUSTERS
+    rows = summarise(cells, IID, seed=0, resamples=200)
+    (change,) = [row for row in rows if row["measure"] == "iid" and row["versus"]]
+    assert change["mean"] == 1.0 and (change["low"] is not None) == (change["p"] is not None) == enough
+    assert [row(c)["accuracy_low"] is not None for c in cells[:2]] == [enough, True]
 
 
 def test_summary_means_by_hand():

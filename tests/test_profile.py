@@ -8,7 +8,7 @@ import pytest
 from commands import FAST, run, write_pairs
 from tiny_models import MODEL, is_response, make_batch, random_group
 
-from mmrm_jax.eval.profile import count_tokens
+from mmrm_jax.eval.profile import count_tokens, describe
 from mmrm_jax.eval.profile_trace import Time, part_of, read_trace, scopes
 from mmrm_jax.plan.hardware import CHIPS, find_chip
 
@@ -112,6 +112,8 @@ def test_a_profiled_run_says_where_its_time_went(capsys, tmp_path) -> None:
     assert ("decoder", "matrix products, backward") in seconds and ("optimizer", "all") in seconds
     assert not any(part == "vision" and "backward" in kind for part, kind in seconds)  # the tower is frozen
     assert "of tokens are padding" in text and "waiting for data" in text and "Where the time of the traced" in text
+    assert "(2 steps that compiled nothing)" in text
+    assert "8 steps all with compilation in them" in describe(found | {"timed_compilation": True, "timed_steps": 8})
     # The profile changes nothing of what is trained.
     run(capsys, "train", "--data", file, "--out", tmp_path / "plain", *settings)
     losses = [

@@ -197,7 +197,7 @@ def test_empty_report_renders(tmp_path):
     for part in (
         "No model has been evaluated yet.",
         "No results.",
-        "No SFC was recorded.",
+        "No objective here weighs by one text-only proxy.",
         "No comparisons were kept.",
     ):
         assert part in page.text

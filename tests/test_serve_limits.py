@@ -90,9 +90,13 @@ def test_only_the_first_few_errors_are_told(client: TestClient) -> None:
 
 
 def test_json_of_more_values_than_can_be_scored_is_not_read(client: TestClient) -> None:
-    body = b'{"query": ["p"], "labels": [' + b"[]," * 2**21 + b"[]]}"
-    answer = client.post("/get_reward", content=body, headers=JSON)
-    assert answer.status_code == 413 and "commas" in answer.json()["detail"]
+    nested = b"[" * 400 + b"]" * 400
+    for labels in (b"[]," * 2**21 + b"[]", b",".join([nested] * 5000)):
+        body = b'{"query": ["p"], "labels": [' + labels + b"]}"
+        answer = client.post("/get_reward", content=body, headers=JSON)
+        assert answer.status_code == 413 and "commas and brackets" in answer.json()["detail"]
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert client.post("/v1/score/upload", content=b"&" * 2**22, headers=form).status_code == 413
     picture = {"images": ("a.png", b"," * 2**21, "image/png")}
     answer = client.post("/v1/score/upload", data={"prompt": "p", "responses": ["a"]}, files=picture)
     assert answer.status_code == 422 and "images[0]: image of 2097152 bytes" in answer.json()["detail"]

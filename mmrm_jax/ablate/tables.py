@@ -65,8 +65,8 @@ def headings(rows: Sequence[Row]) -> list[str]:
 
 
 def shown_changes(rows: Sequence[Row]) -> list[str]:
-    """The differences that have a column: those of other tests only where there are any."""
-    return [m for m in CHANGES if m != "other" or any(row["other_change"] is not None for row in rows)]
+    """The differences that have a column: those that any row has."""
+    return [m for m in CHANGES if any(row[f"{m}_change"] is not None for row in rows)]
 
 
 def label(row: Row) -> str:
@@ -104,7 +104,7 @@ def legend(rows: Sequence[Row], *, intervals: bool = True) -> str:
     """What a reader of the table has to know; in a terminal it has no intervals."""
     text = (
         f"In %; differences from standard training in points{', with 95 % intervals' if intervals else ''}; "
-        "* where Holm's p < .05 (text_only, the shortcut itself, is not tested); † worse than chance i.i.d."
+        "* where Holm's p < .05 (text_only, the shortcut itself, is not tested); † worse than chance i.i.d"
     )
     if any(row["other"] is not None for row in rows):
         text += "; other: tests of no training environment"

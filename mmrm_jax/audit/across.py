@@ -102,31 +102,27 @@ def _met(rows: Int[np.ndarray, "C J"], others: Int[np.ndarray, "D J"]) -> Bool[n
     return np.isin(key[: len(rows)], key[len(rows) :])
 
 
-def text_families(sets: csr_array) -> tuple[Int[np.ndarray, "texts"], Int[np.ndarray, "P 2"], Float[np.ndarray, "P"]]:
-    """A number per text that near duplicates share, one to the next; and their pairs with similarities."""
-    pairs, similarity = near_pairs(sets)
+def text_families(sets: csr_array) -> Int[np.ndarray, "texts"]:
+    """A number per text that near duplicates share, one to the next."""
+    pairs, _ = near_pairs(sets)
     size = sets.indptr.size - 1
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
-    return connected_components(graph, directed=False)[1].astype(np.int64), pairs, similarity
+    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def near_duplicates(
-    pairs: Pairs, texts: Sequence[str], sets: csr_array, found: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> dict[str, Any]:
+def near_duplicates(pairs: Pairs, texts: Sequence[str], sets: csr_array) -> dict[str, Any]:
     """Distinct responses of an environment that have a near duplicate there, and comparisons of two such.
 
-    `found` is what `text_families` gave. `alike` counts the comparisons whose two responses are near duplicates.
+    `alike` counts the comparisons whose two responses are near duplicates.
     """
-    families, close, similarity = found
     own = texts_of(pairs)
-    family, count = np.unique(families[own], return_counts=True)
-    within = np.isin(close, own).all(axis=1)
-    order = np.argsort(-similarity[within], kind="stable")[:_EXAMPLES]
+    close, similarity = near_pairs(csr_array(sets[own]))
+    order = np.argsort(-similarity, kind="stable")[:_EXAMPLES]
     return {
-        "near": int(count[count > 1].sum()) if len(family) else 0,
+        "near": len(np.unique(close)),
         "alike": int(np.count_nonzero(jaccard(sets, pairs.chosen, pairs.rejected) >= THRESHOLD)),
         "examples": [
             {"similarity": float(s), "first": texts[int(a)], "second": texts[int(b)]}
-            for (a, b), s in zip(close[within][order], similarity[within][order], strict=True)
+            for (a, b), s in zip(own[close[order]], similarity[order], strict=True)
         ],
     }

@@ -21,7 +21,7 @@ from mmrm_jax.audit.tables import (
     transfer_grid,
     words_grid,
 )
-from mmrm_jax.audit.verdict import furthest
+from mmrm_jax.audit.verdict import furthest, level
 from mmrm_jax.data.records import quarantine_kind
 from mmrm_jax.eval.report_page import PAGE, STYLE
 from mmrm_jax.eval.report_parts import escaped, html_section, html_table, images_html, png_figure
@@ -139,12 +139,16 @@ def _words(data: AuditPage) -> str:
             figure = png_figure(word_weights(each["words"]), "", f"Weights of words: {alt}")
             parts.append(f"<h3>{escaped(each['name'])}</h3>{_figures([figure, _grid(words_grid(each))])}")
         else:
-            parts.append(f"<h3>{escaped(each['name'])}</h3><p class='empty'>Words do not tell the two apart.</p>")
+            parts.append(f"<h3>{escaped(each['name'])}</h3><p class='empty'>{_no_words(each)}</p>")
     lead = (
         "Weights of words and word pairs in the bag of words fitted to all comparisons, and how often a rule of that "
         "word alone is right in the n comparisons in which one response has it and the other has not."
     )
     return html_section("The most telling words", lead, "".join(parts))
+
+
+def _no_words(result: Mapping[str, Any]) -> str:
+    return "Too few comparisons to say." if level(result) == "too few" else "Words do not tell the two apart."
 
 
 def _examples(data: AuditPage) -> str:
@@ -159,7 +163,9 @@ def _examples(data: AuditPage) -> str:
         "Comparisons on which the surest baseline is surest, as it judges them when they are held out: those it gets "
         "right need no image, those it gets wrong are where a model that leans on text fails."
     )
-    return html_section("Look at them", lead, "".join(parts) or "<p class='empty'>Text alone solves none of them.</p>")
+    return html_section(
+        "Look at them", lead, "".join(parts) or "<p class='empty'>No baseline is surely better than guessing.</p>"
+    )
 
 
 def _card(example: Example) -> str:

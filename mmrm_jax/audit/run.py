@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as RichProgress
@@ -99,24 +98,24 @@ def study_corpus(
         for pairs in corpus.environments
     ]
     for each in studies:
-        _describe(each, corpus, words, families)
+        _describe(each, corpus, words)
     matrix = transfer(studies, words)
     result = {
         "definition": DEFINITION,
         "environments": [each.result for each in studies],
         "matrix": matrix,
         "across": transfer_sentences(matrix),
-        "overlap": overlap(corpus.environments, families[0]),
+        "overlap": overlap(corpus.environments, families),
     }
     shown = [each for each in studies if level(each.result) != "none"]  # there, sureness would mean nothing
     return result, [example for each in shown for example in find_examples(each)]
 
 
-def _describe(each: Study, corpus: Corpus, words: Words, families: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def _describe(each: Study, corpus: Corpus, words: Words) -> None:
     """Add words, repeats and the verdict to a study's result."""
     pairs, result = each.pairs, each.result
     weights = each.weights
     result["words"] = [] if weights is None else telling_words(words, weights, pairs.chosen, pairs.rejected)
     result["repeats"] = repeats(pairs)
-    result["near_duplicates"] = near_duplicates(pairs, corpus.texts, words.sets, families)
+    result["near_duplicates"] = near_duplicates(pairs, corpus.texts, words.sets)
     result["verdict"] = {"level": level(result), "sentences": sentences(result), "command": advice(result)}

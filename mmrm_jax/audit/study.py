@@ -22,9 +22,8 @@ from mmrm_jax.audit.baselines import (
 from mmrm_jax.audit.features import Words
 from mmrm_jax.audit.pairs import Pairs, by_appearance, occurrences
 from mmrm_jax.audit.styles import LENGTHS, STYLES, agreement_columns, style_rows
-from mmrm_jax.eval.metrics import correctness, interval, named_rng
+from mmrm_jax.eval.metrics import MIN_CLUSTERS, correctness, interval, named_rng
 
-MIN_UNITS = 10  # from fewer nothing is concluded
 # From this share of comparisons on whose responses other images have too, texts are held out and resampled as well.
 REPEATED = 0.05
 STYLE, WORDS, NEW_TEXTS = "length and style", "bag of words", "bag of words, new texts"
@@ -179,7 +178,7 @@ def _styles(
         return []
     draws = resampled(agreement_columns(more), pairs, by_text, rng)
     rows = []
-    enough = len(np.unique(pairs.unit)) >= MIN_UNITS
+    enough = len(np.unique(pairs.unit)) >= MIN_CLUSTERS
     for i, name in enumerate(STYLES):
         low, high = interval(draws[1:, i]) if enough else (None, None)
         n = int(np.count_nonzero(more[:, i]))

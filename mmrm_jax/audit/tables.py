@@ -149,7 +149,8 @@ def repeats_grid(environments: Sequence[Result]) -> Grid:
         "Duplicates say the same of the same image, prompt and pair once more; conflicts say the contrary; circles are "
         "images with a prompt where A beats B, B beats C and C beats A. Alike: comparisons of two nearly equal "
         "responses. Then distinct responses, and those with a near duplicate among them. Repeated: comparisons with a "
-        "response that other images have too. Ceiling: no model of prompt and responses alone is right more often.",
+        "response that those of unrelated images and prompts have too. Ceiling: no model of prompt and responses alone "
+        "is right more often.",
         ("", *(each["name"] for each in environments)),
         tuple(rows),
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from mmrm_jax.audit.baselines import MIN_COMPARISONS
-from mmrm_jax.audit.study import MIN_UNITS, NEW_TEXTS, WORDS, words_tell
-from mmrm_jax.audit.styles import LENGTHS
+from mmrm_jax.audit.study import NEW_TEXTS, WORDS, words_tell
+from mmrm_jax.audit.styles import LENGTHS, STYLES
+from mmrm_jax.eval.metrics import MIN_CLUSTERS
 from mmrm_jax.eval.summary import between, percent
 
 Level = Literal["too few", "none", "weak", "clear", "strong"]
 _SAID = 6
+_OTHERS = STYLES[len(LENGTHS) :]
 _BALANCED = 0.2  # the most that is left over of texts which are chosen about as often as rejected
 CLEAR, STRONG = 0.1, 0.4  # shortcut shares from which it is called so: accuracies of .55 and .70
 
@@ -26,7 +28,7 @@ DEFINITION = (
 def level(result: Mapping[str, Any]) -> Level:
     """How much of a shortcut there is; "too few" comparisons or images say nothing."""
     found = result["shortcut"]
-    if found is None or result["units"] < MIN_UNITS:
+    if found is None or result["units"] < MIN_CLUSTERS:
         return "too few"
     if not found["above"]:
         return "none"
@@ -62,7 +64,7 @@ def _too_few(result: Mapping[str, Any]) -> str:
     return (
         f"Too little to say: {_many(result['comparisons'], 'comparison')} in "
         f"{_many(result['units'], 'independent group')}; a held-out estimate needs at least {MIN_COMPARISONS} in "
-        f"{MIN_UNITS}."
+        f"{MIN_CLUSTERS}."
     )
 
 
@@ -115,17 +117,27 @@ def _below_chance(result: Mapping[str, Any]) -> list[str]:
 
 
 def _length(result: Mapping[str, Any]) -> list[str]:
-    for row in result["baselines"]:
-        if "direction" in row and row["low"] is not None and row["low"] > 0.5:
-            return [f"The {row['direction']} response wins in {_rate(row)} ({row['name']})."]
+    """Where one is longer, how often the longer one wins, or the shorter."""
+    for row in _marked(result, LENGTHS):
+        longer = row["agreement"] > 0.5
+        ends = (row["low"], row["high"]) if longer else (1 - row["high"], 1 - row["low"])
+        rate = max(row["agreement"], 1 - row["agreement"])
+        return [
+            f"Where one is longer, the {'longer' if longer else 'shorter'} response wins in {percent(rate)} % "
+            f"({between(*ends, percent)}; n = {row['n']}; length in {row['style']})."
+        ]
     return []
+
+
+def _marked(result: Mapping[str, Any], names: Collection[str]) -> list[Mapping[str, Any]]:
+    """The rows of these styles that lie on one side of chance."""
+    rows = [row for row in result["styles"] if row["style"] in names and row["low"] is not None]
+    return [row for row in rows if row["n"] >= MIN_COMPARISONS and not row["low"] <= 0.5 <= row["high"]]
 
 
 def _styles(result: Mapping[str, Any]) -> list[str]:
     """The styles, lengths apart, that lie on one side of chance, the farthest first."""
-    marked = [row for row in result["styles"] if row["style"] not in LENGTHS and row["low"] is not None]
-    marked = [row for row in marked if row["n"] >= MIN_COMPARISONS and not row["low"] <= 0.5 <= row["high"]]
-    marked.sort(key=lambda row: -abs(row["agreement"] - 0.5))
+    marked = sorted(_marked(result, _OTHERS), key=lambda row: -abs(row["agreement"] - 0.5))
     told = [
         f"{row['style']} {percent(row['agreement'])} % ({between(row['low'], row['high'], percent)}; n = {row['n']})"
         for row in marked[:3]

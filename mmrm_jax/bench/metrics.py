@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mmrm_jax.eval.metrics import bootstrap_sums, cluster_sums, correctness, interval, named_rng
+from mmrm_jax.eval.metrics import MIN_CLUSTERS, bootstrap_sums, cluster_sums, correctness, interval, named_rng
 
 RESAMPLES = 1000
 OVERALL, MACRO, ALL_OF_A_QUESTION = "overall", "macro", "Acc+"
@@ -30,7 +30,8 @@ def metric_rows(
     """One row a judge and metric: {"judge", "metric", "n", "accuracy", "low", "high"}, fractions.
 
     A margin of 0 counts half, and for Acc+ as wrong; a pair without a question, since others of it are missing, does
-    not count there. Intervals are 95 % bootstrap intervals over `clusters`, pairs with an image in common.
+    not count there. Intervals are 95 % bootstrap intervals over `clusters`, pairs with an image in common, where there
+    are MIN_CLUSTERS of them.
     """
     names = sorted(set(categories))
     members = np.asarray([[category == name for name in names] for category in categories], np.float64)
@@ -40,13 +41,13 @@ def metric_rows(
         points, counts = members * right[:, None], members
         sums = cluster_sums(np.stack([points, counts], axis=2), clusters, np.unique(clusters))
         drawn = bootstrap_sums(sums, named_rng("bench", judge), RESAMPLES)
-        for i, name in enumerate(names):
-            rows.append(_row(judge, name, int(members[:, i].sum()), _ratio(drawn[:, i, 0], drawn[:, i, 1])))
+        by_category = _ratio(drawn[..., 0], drawn[..., 1])
+        by_category[1:, (sums[..., 1] > 0).sum(axis=0) < MIN_CLUSTERS] = np.nan
+        rows += [_row(judge, name, int(members[:, i].sum()), by_category[:, i]) for i, name in enumerate(names)]
         total = drawn.sum(axis=1)
         rows.append(_row(judge, OVERALL, len(d), _ratio(total[:, 0], total[:, 1])))
         if len(names) > 1:
-            by_category = np.stack([_ratio(drawn[:, i, 0], drawn[:, i, 1]) for i in range(len(names))])
-            rows.append(_row(judge, MACRO, len(names), by_category.mean(axis=0)))
+            rows.append(_row(judge, MACRO, len(names), by_category.mean(axis=1)))
         if by_question and any(question is not None for question in questions):
             rows.append(_all_right(judge, right == 1.0, questions))
     return rows

@@ -48,7 +48,10 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A public benchmark: its fields, how a row is read, whether every pair of a question must be right for Acc+."""
+    """A public benchmark: its fields, how a row is read, whether every pair of a question must be right for Acc+.
+
+    `marks` says of a row with these fields whether it is this benchmark's, where they are those of other files too.
+    """
 
     key: str
     title: str
@@ -56,6 +59,7 @@ class Benchmark:
     read: Callable[[Row, Origin], Read]
     note: str
     by_question: bool = False
+    marks: Callable[[Row], bool] = lambda row: True
 
 
 def read_vl_rewardbench(row: Row, origin: Origin) -> Read:
@@ -85,7 +89,7 @@ def read_multimodal_rewardbench(row: Row, origin: Origin) -> Read:
         raise RowError(f"wrong value: 'Better' is {better!r:.50}; it must be Output1 or Output2")
     text = Field("Text", row.get("Text") or "")
     image = () if row.get("Image") is None else (Field("Image", row["Image"]),)
-    name = str(row.get("ID", f"{origin.file.stem}-{origin.row}"))
+    name = _name(row, origin)
     record = Record(text, image, tuple(take(row, output) for output in outputs))
     return Read(record, outputs.index(better), str(row.get("Category") or "other"), name)
 
@@ -95,11 +99,21 @@ def read_mm_rlhf_rewardbench(row: Row, origin: Origin) -> Read:
     if row.get("video"):
         raise RowError(VIDEO)
     record = Record(take(row, "prompt"), pictures(row), (take(row, "chosen"), take(row, "rejected")))
+    return Read(record, 0, mm_rlhf_category(row) or "other", identity(row, origin))
+
+
+def mm_rlhf_category(row: Row) -> str | None:
+    """The category that the path of a row's image names, if it does."""
     image = row.get("image")
     path = image.get("path") if isinstance(image, dict) else image
     parts = PurePosixPath(path if isinstance(path, str) else "").parts
-    words = [word for part in parts for word in ("mcq", "long", "short", "safety") if word in part.lower()]
-    return Read(record, 0, words[0] if words else "other", identity(row, origin))
+    words = (word for part in parts for word in ("mcq", "long", "short", "safety") if word in part.lower())
+    return next(words, None)
+
+
+def _name(row: Row, origin: Origin) -> str:
+    """The row's `ID` or `id`, or else its file and row."""
+    return identity({**row, "id": row["ID"]} if "ID" in row else row, origin)
 
 
 CHANCE = "Guessing gives 50 %."
@@ -124,8 +138,9 @@ BENCHMARKS = (
         "MM-RLHF-RewardBench",
         ("prompt", "chosen", "rejected"),
         read_mm_rlhf_rewardbench,
-        f"{CHANCE} Acc+ asks for every pair of a question, so guessing gives less. 170 rows: intervals are wide.",
+        f"{CHANCE} Acc+ asks for every pair of a question, so guessing gives less. Of its 170 rows intervals are wide.",
         by_question=True,
+        marks=lambda row: bool(row.get("video") or mm_rlhf_category(row)),
     ),
 )
 
@@ -154,7 +169,7 @@ def read_benchmark(
         try:
             items.append(_item(benchmark, row, origin))
         except RowError as error:
-            name = identity(row, origin) if isinstance(row, dict) else None
+            name = _name(row, origin) if isinstance(row, dict) else None
             left_out.append(Quarantined(str(path), number, str(error), name))
     if not items:
         reason = f"; first reason: {left_out[0].reason}" if left_out else ""
@@ -163,10 +178,17 @@ def read_benchmark(
 
 
 def _told(path: Path, rows: list[tuple[int, Any]]) -> Benchmark:
-    first = next((row for _, row in rows if isinstance(row, dict)), {})
-    for each in BENCHMARKS:
-        if all(field in first for field in each.fields):
+    objects = [row for _, row in rows if isinstance(row, dict)]
+    first = next(iter(objects), {})
+    named = [each for each in BENCHMARKS if all(field in first for field in each.fields)]
+    for each in named:
+        if any(map(each.marks, objects)):
             return each
+    if named:
+        raise DataError(
+            f"{path} has the fields of {named[0].title}, but no image's path names one of its categories: if it is "
+            f"that, say so (--name {named[0].key}); the accuracy on preference files is what `mmrm evaluate` gives"
+        )
     wanted = "; ".join(f"{each.key}: {', '.join(each.fields)}" for each in BENCHMARKS)
     raise DataError(f"{path} is no benchmark that is known: its fields are {', '.join(first) or 'none'}. {wanted}")
 
@@ -181,5 +203,5 @@ def _item(benchmark: Benchmark, row: Any, origin: Origin) -> Item:
     read = benchmark.read(row, origin)
     responses = tuple(check_response(field) for field in read.record.responses)
     comparison = Comparison(read.better, 1 - read.better)
-    group = make_group(read.record, row, origin, responses, (comparison,))
+    group = make_group(read.record, {**row, "id": read.question}, origin, responses, (comparison,))
     return Item(group, read.category, read.question)

@@ -21,7 +21,7 @@ from mmrm_jax.data.pipeline import buckets_for, index_source
 from mmrm_jax.data.records import raise_first, summarise_quarantine, write_quarantine
 from mmrm_jax.data.sources import MemorySource, connected, image_identities
 from mmrm_jax.eval.score import Scored, score_source
-from mmrm_jax.eval.scorer import Branch, Scorer, open_scorer, with_proxy
+from mmrm_jax.eval.scorer import Branch, Scorer, holds_proxy, open_scorer, with_proxy
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.sharding import make_mesh, whole_batch
 from mmrm_jax.types import Quarantined
@@ -114,12 +114,13 @@ def _problem(scored: Scored) -> Quarantined:
 
 
 def text_margins(scorer: Scorer, items: Sequence[Item], batch_size: int, console: Console) -> np.ndarray | None:
-    """The margins of the proxy in the model's folder, which looks at no image; None where there is none."""
-    try:
-        beside = with_proxy(scorer)
-    except ValueError:
+    """The margins of the proxy in the model's folder, which looks at no image; None where there is none.
+
+    Raises ValueError where it is damaged.
+    """
+    if not holds_proxy(scorer.checkpoint.path):
         return None
-    _, margins, unread = scored_pairs(items, beside, batch_size, console, "proxy")
+    _, margins, unread = scored_pairs(items, with_proxy(scorer), batch_size, console, "proxy")
     raise_first(unread)
     return margins
 
@@ -191,4 +192,5 @@ def _overlap_sentence(found: dict[str, Any], trained_on: Sequence[str]) -> str:
         return said + "; none is without"
     row = found["rows"][0]
     bounds = between(row["low"], row["high"], percent)
-    return f"{said}; on the {found['fresh']} without, the model's accuracy is {percent(row['accuracy'])} ({bounds})"
+    accuracy = percent(row["accuracy"]) + (f" ({bounds})" if bounds else "")
+    return f"{said}; on the {found['fresh']} without, the model's accuracy is {accuracy}"

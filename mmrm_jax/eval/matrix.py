@@ -93,7 +93,8 @@ def trained_objectives(objectives: tuple[str, ...]) -> list[str]:
     """The objectives that need a run: beside shortcut_aware, text_only does not, since the proxy is that model.
 
     The proxy has its own parameters and loss, and no gradient from the primary. The two share one global-norm clip,
-    as in the paper's recipe, so the proxy is text-only training up to clipping.
+    as in the paper's recipe, so the proxy is text-only training up to clipping. Of a matrix's modifiers its loss has
+    target margins alone: the others are of the branch that scores.
     """
     skip = {"text_only"} if "shortcut_aware" in objectives else set()
     return [o for o in objectives if o not in skip]

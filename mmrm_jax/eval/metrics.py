@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 RESAMPLES = 1000
+MIN_CLUSTERS = 10  # fewer say too little of how clusters differ
 # An interval is reported only where at least this share of the resamples defines the quantity.
 _DEFINED_SHARE = 0.95
 # Weights held at once; resamples are drawn in chunks so that large test sets stay within about 100 MB.
@@ -135,7 +136,7 @@ def bootstrap_sums(
 ) -> Float[np.ndarray, "B *J"]:
     """Totals of `sums` over K clusters drawn with replacement. Row 0 is the sample itself, the rest are resamples.
 
-    They are NaN where there is one cluster, which says nothing of how clusters differ.
+    They are NaN where there are fewer than MIN_CLUSTERS, which say too little of how clusters differ.
     """
     clusters, flat = sums.shape[0], sums.reshape(sums.shape[0], math.prod(sums.shape[1:]))
     totals = np.zeros((resamples + 1, flat.shape[1]))
@@ -146,7 +147,7 @@ def bootstrap_sums(
         draws = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
         weights = np.bincount(draws.ravel(), minlength=rows * clusters).reshape(rows, clusters)
         totals[1 + start : 1 + start + rows] = weights.astype(np.float64) @ flat
-    if clusters == 1:
+    if clusters < MIN_CLUSTERS:
         totals[1:] = np.nan
     return totals.reshape(resamples + 1, *sums.shape[1:])
 

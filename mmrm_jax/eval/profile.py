@@ -196,6 +196,7 @@ def summarise(recorder: Recorder) -> dict[str, Any]:
     return {
         "steps": len(recorder.steps),
         "timed_steps": len(steps),
+        "timed_compilation": not ready,
         "step_seconds": ran / len(steps),
         "waiting_share": waited / (ran + waited),
         "padding": 1 - sum(s.tokens for s in recorder.steps) / sum(s.padded for s in recorder.steps),
@@ -235,8 +236,9 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
 def describe(found: dict[str, Any]) -> str:
     """The summary in plain words."""
+    timed = "that compiled nothing" if not found["timed_compilation"] else "all with compilation in them: run more"
     lines = [
-        f"A step takes {1000 * found['step_seconds']:.0f} ms ({found['timed_steps']} steps that compiled nothing), "
+        f"A step takes {1000 * found['step_seconds']:.0f} ms ({found['timed_steps']} steps {timed}), "
         f"{found['tokens_per_second']:,.0f} tokens of data a second.",
         f"Model FLOPs utilisation is {found['mfu']:.1%} of {found['peak'] / 1e12:.2f} TFLOP/s a device "
         f"({found['peak_is']}); padding counts as waste.",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mmrm_jax.config import TrainConfig, to_json
+from mmrm_jax.config import MatrixConfig, TrainConfig, to_json
 from mmrm_jax.data.records import summarise_quarantine
 from mmrm_jax.eval.matrix import PROXY, Matrix, scores
 from mmrm_jax.eval.metrics import cell_row, named_rng
@@ -34,7 +34,7 @@ def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
     for table in format_matrix(rows, summary, iid=matrix.data.iid):
         console.print(table)
     if config.modifiers:
-        console.print(f"Every objective is trained with {', '.join(config.modifiers)}.")
+        console.print(modified(config))
     for sentence in headline(summary):
         console.print(sentence)
     unreadable = _unreadable(matrix)
@@ -54,6 +54,15 @@ def publish(matrix: Matrix, console: Console, command: str) -> dict[str, Any]:
     write_report(report, _report_data(matrix, rows, summary, command))
     console.print(f"{training:.0f} s of training, {matrix.seconds:.0f} s in this command; report: {report}")
     return result
+
+
+def modified(config: MatrixConfig) -> str:
+    """What the modifiers change: all objectives, but for a text-only model that is the proxy of another run."""
+    said = f"Every objective is trained with {', '.join(config.modifiers)}"
+    others = [each for each in config.modifiers if each.partition(":")[0] != "margin"]
+    if others and {"text_only", "shortcut_aware"} <= set(config.objectives):
+        said += "; the text-only model is the proxy of shortcut_aware, whose loss has target margins at most"
+    return said + "."
 
 
 def _report_data(matrix: Matrix, rows: list[dict], summary: list[dict], command: str) -> ReportData:
@@ -128,8 +137,12 @@ def _sfc_histories(matrix: Matrix) -> list[SfcHistory]:
 
 
 def _weighing(matrix: Matrix) -> str | None:
-    """The first objective with Shortcut-Failure Coefficients: those that the report shows."""
-    return next((o for o in matrix.config.objectives if find_objective(o).weigh is not None), None)
+    """The first objective whose coefficients weigh by one text-only proxy: those that the report shows."""
+    for name in matrix.config.objectives:
+        objective = find_objective(name)
+        if objective.weigh is not None and dict(objective.branches) == {objective.scores: "multimodal", PROXY: "proxy"}:
+            return name
+    return None
 
 
 def _curves(matrix: Matrix) -> list[Curve]:

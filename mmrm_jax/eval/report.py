@@ -242,7 +242,7 @@ def _sfc(data: ReportData) -> str:
         caption = f"{history.train}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         alt = f"Density of the SFC over the training steps on {caption}, with its mean"
         figures.append(png_figure(sfc_over_training(history), caption, alt))
-    reason = _TOO_SHORT if pooled else "No SFC was recorded."
+    reason = _TOO_SHORT if pooled else "No objective here weighs by one text-only proxy."
     content = f"<div class='grid'>{''.join(figures)}</div>" if figures else f"<p class='empty'>{reason}</p>"
     return html_section("SFC over training", lead, content)
 

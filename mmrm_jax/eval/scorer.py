@@ -332,6 +332,11 @@ def open_scorer(
     return Scorer(checkpoint, {"primary": params}, mesh, views=views, dtype=dtype, batch_size=batch_size), drawn
 
 
+def holds_proxy(folder: Path) -> bool:
+    """Whether a checkpoint folder has the weights of a proxy beside the model's."""
+    return any(name.startswith(PROXY_PREFIX) for name in open_tensors(folder))
+
+
 def with_proxy(scorer: Scorer) -> Scorer:
     """The same model with the proxy of its folder beside it.
 
@@ -339,7 +344,7 @@ def with_proxy(scorer: Scorer) -> Scorer:
     taken for one of the paper's, whose proxy sees a white tile. Raises ValueError where there is no proxy.
     """
     checkpoint = scorer.checkpoint
-    if not any(name.startswith(PROXY_PREFIX) for name in open_tensors(checkpoint.path)):
+    if not holds_proxy(checkpoint.path):
         raise ValueError(f"{checkpoint.path} holds no proxy: mmrm export --proxy writes it, of a shortcut_aware run")
     sees = read_object(checkpoint.path / "config.json").get(PROXY_INPUT, "blank")
     if sees not in ("absent", "blank"):

@@ -11,6 +11,12 @@ from rich.table import Table
 from mmrm_jax.eval.summary import between, percent
 from mmrm_jax.objectives import Objective
 
+_SEES = {
+    "proxy": "the text-only proxy",
+    "image_only": "the image-only proxy",
+    "multimodal": "the proxy, which sees all",
+}
+
 
 def training_table(objective: Objective, history: Sequence[Mapping[str, Any]]) -> Table:
     """The last entry of metrics.jsonl in plain words: its training steps, and the held-out part where there is one.
@@ -39,11 +45,12 @@ def training_table(objective: Objective, history: Sequence[Mapping[str, Any]]) -
     low, high = (entry.get(f"validation/accuracy_{end}") for end in ("low", "high"))
     if interval := between(low, high, percent):
         add("  its 95 % interval", "–", f"{interval} %")
-    for branch in objective.branches.keys() - {model}:
-        add("accuracy of the text-only proxy", share(f"{branch}/accuracy"))
+    for branch, view in objective.branches.items():
+        if branch != model:
+            add(f"accuracy of {_SEES.get(view, branch)}", share(f"{branch}/accuracy"))
     add("loss, nats a comparison", number(f"{model}/loss"))
     add("margin, chosen − rejected", number(f"{model}/margin"), number("validation/mean_margin"))
     if "sfc" in entry:
-        add("SFC, a weight from 0 to 1", number("sfc"), number("validation/sfc_mean"))
+        add("SFC, the mean weight", number("sfc"), number("validation/sfc_mean"))
         add("SFD, points", "–", percent(entry.get("validation/sfd")))
     return table

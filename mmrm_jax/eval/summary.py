@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmrm_jax.eval.metrics import (
+    MIN_CLUSTERS,
     RESAMPLES,
     CellScores,
     accuracy_and_sfd,
@@ -172,6 +173,8 @@ def _resample(
         totals = bootstrap_sums(sums, named_rng(seed, "test", *names), resamples)
         for i, cell in enumerate(members):
             key = (cell.objective, _Key(cell.train, cell.test, cell.seed))
+            if np.unique(cell.clusters).size < MIN_CLUSTERS:  # however many the others have
+                totals[1:, i] = np.nan
             quantities["accuracy"][key], quantities["sfd"][key] = accuracy_and_sfd(totals[:, i])
     order = [(cell.objective, _Key(cell.train, cell.test, cell.seed)) for cell in cells]
     return {name: {key: values[key] for key in order} for name, values in quantities.items()}

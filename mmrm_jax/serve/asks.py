@@ -153,17 +153,26 @@ def of_messages(messages: Sequence[Message]) -> Ask:
 
 
 def of_parts(content: str | Sequence[Part], name: str) -> tuple[dict[str, bytes], str]:
-    """(images by name, text with <image> at their places) of a message's content."""
+    """(images by name, text with <image> at their places) of a message's content.
+
+    The places are those of the image parts, or, where the text says as many of its own, these, as in vLLM. Raises
+    ValueError where it says another number.
+    """
     if isinstance(content, str):
         return {}, content
     urls: dict[str, str] = {}
+    own = sum((part.text or "").count(IMAGE_PLACEHOLDER) for part in content)
+    if own not in (0, shown := sum(part.type == "image_url" for part in content)) and shown:
+        raise ValueError(
+            f"{name} has {shown} image(s), and {own} {IMAGE_PLACEHOLDER} in its text; say as many, or none"
+        )
     text: list[str] = []
     for i, part in enumerate(content):
         if part.type == "image_url":
             if part.image_url is None:
                 raise ValueError(f"{name}.content[{i}] has no image_url")
             urls[f"{name}.content[{i}].image_url.url"] = part.image_url.url
-            text.append(IMAGE_PLACEHOLDER)
+            text += [IMAGE_PLACEHOLDER] * (not own)
         elif part.text is None:
             raise ValueError(f"{name}.content[{i}] has no text")
         else:

@@ -98,12 +98,13 @@ class Guard:
         return None
 
     def _overfull(self, scope: MutableMapping[str, Any], body: bytearray) -> tuple[int, str] | None:
-        """Status and reason, where JSON has more values than could be scored, before they are read into memory."""
-        most = self.limits.characters + LONGEST  # commas stand in texts, or between values
+        """Status and reason, where JSON or a form has more values than could be scored, before they are read into
+        memory: whatever is no part of a text has one of these before it."""
+        most = self.limits.characters + LONGEST
         uploaded = dict(scope["headers"]).get(b"content-type", b"").lower().startswith(b"multipart/")
-        if uploaded or body.count(b",") <= most:
+        if uploaded or sum(map(body.count, (b",", b"[", b"{", b"&"))) <= most:
             return None
-        return 413, f"the body has more than {most} commas: more texts or characters than can be scored"
+        return 413, f"the body has more than {most} commas and brackets: more texts or characters than can be scored"
 
 
 def _replay(body: bytearray, receive: Receive) -> Receive:

@@ -127,7 +127,7 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
             f"{where}.sliding_window is {window}, shorter than max_position_embeddings {c['max_position_embeddings']}: "
             "attention within a window is not supported"
         )
-    heads, parameters = c["num_attention_heads"], checked(c["rope_parameters"] or {}, f"{where}.rope_parameters.", {})
+    heads = c["num_attention_heads"]
     kv_heads = c["num_key_value_heads"] or heads
     if heads % kv_heads:
         raise ValueError(f"{where}.num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}")
@@ -146,7 +146,7 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_width=head_width,
-        rope_theta=float(parameters.get("rope_theta", c["rope_theta"])),
+        rope_theta=float(_rope_section(c, where)[1].get("rope_theta", c["rope_theta"])),
         rope_scaling=_rope_from_hf(name, c, where),
         norm_eps=c["rms_norm_eps"],
         qkv_bias=bias,
@@ -155,13 +155,21 @@ def decoder_from_hf(llm: Mapping[str, Any], where: str) -> DecoderConfig:
     )
 
 
-def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
-    """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
+def _rope_section(c: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the section on RoPE; what it leaves open is as good as absent.
+
+    transformers 5 writes `rope_parameters`, with the base in it, and takes `rope_scaling` for another name of that;
+    before, there were `rope_theta` and `rope_scaling`.
+    """
     field = "rope_parameters" if c["rope_parameters"] else "rope_scaling"
-    if nested := [k for k, v in (c[field] or {}).items() if isinstance(v, dict) and k not in FIELDS]:
+    section = checked(c[field] or {}, f"{where}.{field}.", {})
+    return field, {k: v for k, v in section.items() if v is not None}
+
+
+def _rope_from_hf(name: DecoderFamily, c: Mapping[str, Any], where: str) -> RopeScaling | None:
+    field, scaling = _rope_section(c, where)
+    if nested := [k for k, v in scaling.items() if isinstance(v, dict) and k not in FIELDS]:
         raise ValueError(f"{where}.{field} has its own settings for {', '.join(nested)}; supported: one for all layers")
-    # What is left open is as good as absent.
-    scaling = {k: v for k, v in checked(c[field] or {}, f"{where}.{field}.", {}).items() if v is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}.{field}.partial_rotary_factor is {scaling['partial_rotary_factor']}; supported: 1.0")

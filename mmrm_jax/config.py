@@ -249,6 +249,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(self, "at least 1", **{name: value is None or value >= 1})
         _check(self, "above 0 and finite", epochs=0 < self.epochs < math.inf)
+        _check(self, "from 0 to 2^31 - 1", seed=0 <= self.seed < 2**31)
         _check(self, "at least 0 and below 1", drop_path_rate=0 <= (self.drop_path_rate or 0.0) < 1)
         _check(self, "at least 0", keep_best=self.keep_best >= 0)
         every, evaluated = self.checkpoint_every, self.eval_every

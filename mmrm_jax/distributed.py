@@ -94,6 +94,16 @@ def divided(
     return [value for each in texts for value in json.loads(each.tobytes())]
 
 
+def require_agreement(value: Any, what: str) -> None:
+    """Raises ValueError in every process where they do not all have the same JSON value; all of them must ask."""
+    found = divided(lambda _: value, jax.process_count())
+    if different := [i for i, each in enumerate(found) if each != found[0]]:
+        raise ValueError(
+            f"processes see different {what}: process {different[0]} others than process 0; is the data on a file "
+            "system that all of them share?"
+        )
+
+
 def shutdown() -> None:
     """Leave together, so that none is taken for dead."""
     if jax.distributed.is_initialized():

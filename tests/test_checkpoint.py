@@ -14,7 +14,7 @@ import pytest
 
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, kept_steps
-from mmrm_jax.train.manifest import damage, read_manifest, write_manifest
+from mmrm_jax.train.manifest import add_metrics, damage, read_manifest, write_manifest
 
 MANIFEST = "manifest-0-of-1.json"
 KEEP_ALL = TrainConfig(keep_last=100)
@@ -28,9 +28,8 @@ def state_of(step: int) -> dict:
 def save(directory: Path, steps: dict[int, float | None], config: TrainConfig = KEEP_ALL) -> None:
     checkpoints = Checkpoints(directory, config)
     for step, metric in steps.items():
-        checkpoints.save(
-            step, state_of(step), pending=[{"loss": [0.1 * step]}], metrics={"validation/accuracy": metric}
-        )
+        checkpoints.save(step, state_of(step), pending=[{"loss": [0.1 * step]}])
+        checkpoints.rank(step, {"validation/accuracy": metric})
     checkpoints.close()
 
 
@@ -230,7 +229,8 @@ def test_each_process_writes_the_checksums_of_its_share(three, tmp_path) -> None
     shutil.copytree(three / "3", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest-*"))
     for part in range(3):
         assert read_manifest(tmp_path) is None
-        write_manifest(tmp_path, {"loss": 0.5}, part=part, parts=3)
+        write_manifest(tmp_path, part=part, parts=3)
+    add_metrics(tmp_path, {"loss": 0.5}, 3)
     together, alone = read_manifest(tmp_path), read_manifest(three / "3")
     assert together is not None and alone is not None
     assert together["files"] == alone["files"] and together["metrics"] == {"loss": 0.5}

@@ -340,6 +340,14 @@ def test_a_result_does_not_overwrite_what_is_no_result(capsys, tmp_path):
         assert status == 0 and json.loads((tmp_path / name).read_text())["splits"], text
 
 
+def test_seeds_that_cannot_be_are_refused(capsys, tmp_path):
+    for seed in (-1, 2**31):
+        status, text = run(capsys, "train", "--data", "x", "--out", tmp_path / "o", f"--seed={seed}")
+        assert status == 2 and f"TrainConfig.seed is {seed}; it must be from 0 to 2^31 - 1" in " ".join(text.split()), (
+            text
+        )
+
+
 def test_the_systems_own_errors_are_plain(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     file = write_pairs(tmp_path, "a", 2)

@@ -16,6 +16,7 @@ from mmrm_jax.ablate.run import leave_out
 from mmrm_jax.config import DataConfig, Environment, MatrixConfig, TrainConfig
 from mmrm_jax.data.shapes import make_group
 from mmrm_jax.data.sources import fingerprint
+from mmrm_jax.data.tfds.preference_files import prepare
 from mmrm_jax.eval.matrix_data import open_data
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import encode, open_checkpoint, open_spec
@@ -32,6 +33,14 @@ def two(tmp_path: Path) -> Path:
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write("{}\n")
     return tmp_path
+
+
+def test_a_plus_in_a_path_joins_nothing(two: Path) -> None:
+    shutil.copytree(two / "images", two / "one+two" / "images")
+    shutil.copy(two / "a.jsonl", two / "one+two")
+    prepare([two / "a.jsonl"], two / "pre+pared")
+    for spec in ("one+two/a.jsonl", "one+two/a.jsonl@pairs", "pre+pared:a"):
+        assert len(open_spec(spec, two, None)[0]) == 8
 
 
 def test_files_joined_by_a_plus_come_one_after_another(two: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -126,6 +127,9 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
     assert [f.name for f in store.file("abc").parent.iterdir()] == ["abc.safetensors"]
     assert json.loads((store.folder / "settings.json").read_text()) == {"weights": "a", "dtype": dtype}
     assert FeatureStore.of_settings(tmp_path, {"weights": "b"}, (4, 8), dtype).folder != store.folder
+    with ThreadPoolExecutor(4) as pool:  # as processes of one number on several machines
+        list(pool.map(lambda _: store.write("abc", features), range(40)))
+    assert [f.name for f in store.file("abc").parent.iterdir()] == ["abc.safetensors"]
 
 
 def cut_short(file: Path) -> None:

@@ -23,9 +23,10 @@ from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
 from mmrm_jax.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
 from mmrm_jax.train.checkpoint import CheckpointError, Checkpoints, check_config, write_config
 from mmrm_jax.train.interval import Interval
-from mmrm_jax.train.loop import TrainingError, resume, train
+from mmrm_jax.train.loop import TrainingError, TrainResult, resume, train
 from mmrm_jax.train.preemption import PREEMPTED, Preempted
 from mmrm_jax.train.program import Program, build_program
+from mmrm_jax.train.run_files import RunFiles
 from mmrm_jax.train.setup import training_steps
 from mmrm_jax.train.state import TrainState, init_params
 from mmrm_jax.types import Comparison, Group
@@ -246,7 +247,7 @@ def test_a_state_that_is_not_finite_is_not_saved(finished, program, make, tmp_pa
     # An infinite second moment makes no update at all, so loss and gradients stay finite.
     with pytest.raises(TrainingError, match=r"optimiser moment is nan at step 3: .*batch-3.json"):
         train(program, state, poisoned(), CONFIG, steps=STEPS, run_dir=tmp_path)
-    assert [e["step"] for e in read_metrics(tmp_path)] == [2, 3]
+    assert [e["step"] for e in read_metrics(tmp_path)] == [2]
     assert latest(tmp_path) is None
 
 
@@ -289,6 +290,52 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(finished, program, make
     with pytest.raises(TrainingError, match=r"best_metric 'accuracy' is not among .*held_out/accuracy"):
         run(dataclasses.replace(config, best_metric="accuracy"), tmp_path / "unknown")
     assert (tmp_path / "unknown" / "checkpoints" / "1").is_dir()  # what was trained is not lost with it
+
+
+def test_an_evaluation_that_fails_loses_no_training(program, make, tmp_path):
+    """The checkpoint is there before; the same run goes on with the evaluation, and is ranked by it."""
+    config = dataclasses.replace(CONFIG, eval_every=3, keep_last=1, keep_best=1, best_metric="held_out/accuracy")
+    asked = []
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        asked.append(int(state.step))
+        if asked[-1] == STEPS and asked.count(STEPS) == 1:
+            raise MemoryError("too large a batch")
+        return {"held_out/accuracy": 1.0 / asked[-1]}
+
+    def go_on(folder: Path) -> TrainResult:
+        state = resume(program, folder) or fresh_state(program)
+        rest = stream(make, start=int(state.step))
+        return train(program, state, rest, config, steps=STEPS, run_dir=folder, evaluate=evaluate)
+
+    with pytest.raises(MemoryError, match="too large a batch"):
+        go_on(tmp_path / "a")
+    assert latest(tmp_path / "a") == STEPS and [e["step"] for e in read_metrics(tmp_path / "a")] == [2, 3, 4]
+    result = go_on(tmp_path / "a")
+    assert asked == [3, 6, 6] and [e["step"] for e in result.history] == [2, 3, 4, 6]
+    whole = go_on(tmp_path / "b")
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(result.state), arrays(whole.state), strict=True))
+    assert read_metrics(tmp_path / "a", seconds=False) == read_metrics(tmp_path / "b", seconds=False)
+    assert {p.name for p in (tmp_path / "a" / "checkpoints").iterdir()} == {"3", "6"}  # the best and the newest
+    go_on(tmp_path / "a")
+    assert asked == [3, 6, 6, 3, 6], "what is there is not measured again"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_closing_hides_no_error_and_waits_for_nobody_who_knows_nothing_of_it(monkeypatch, tmp_path, alone):
+    closed = []
+
+    def close(self: Checkpoints) -> None:
+        closed.append(True)
+        raise TimeoutError("at a barrier")
+
+    monkeypatch.setattr(Checkpoints, "close", close)
+    with pytest.raises(TimeoutError), RunFiles(tmp_path / "a", 0, CONFIG):
+        pass
+    with pytest.raises(OSError, match="disk"), RunFiles(tmp_path / "b", 0, CONFIG):
+        monkeypatch.setattr(jax, "process_count", lambda: 1 if alone else 2)
+        raise OSError("disk")
+    assert len(closed) == 1 + alone
 
 
 def test_data_that_ends_too_early_is_an_error(finished, program, make):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmrm_jax.data import pipeline
 from mmrm_jax.data.images import Preprocessing
 from mmrm_jax.data.pipeline import (
     BatchPlan,
@@ -27,7 +28,7 @@ from mmrm_jax.data.pipeline import (
     index_source,
 )
 from mmrm_jax.data.processor import Processor
-from mmrm_jax.data.records import DataError
+from mmrm_jax.data.records import DataError, read_quarantine
 from mmrm_jax.data.sources import MemorySource
 from mmrm_jax.data.text import TEMPLATES, ChatTokenizer
 from mmrm_jax.tiny.tokenizer import train_tokenizer
@@ -285,6 +286,13 @@ def test_a_truncated_picture_leaves_padding_and_is_reported_once(processor, tmp_
     entries = [json.loads(line) for line in lines[1:]]
     assert sorted((e["file"], e["row"], e["id"]) for e in entries) == [("data.jsonl", 2, "g1"), ("data.jsonl", 4, "g3")]
     assert all("cannot be decoded" in e["reason"] for e in entries)
+    # A line that was cut short stays one of its own, and is told.
+    file.write_text(file.read_text()[:-20])
+    for batch in batches(plan_of(4, 4, 1), make):
+        assert (batch.group_index == -1).sum() == 2
+    told = read_quarantine(file)
+    assert len(told) == 4 and sum(q.reason.startswith("line cut short: {") for q in told) == 1
+    assert {q.id for q in told} >= {"g1", "g3"}
 
 
 def test_a_truncated_picture_is_quarantined_at_once_where_everything_is_cached(processor):
@@ -292,6 +300,18 @@ def test_a_truncated_picture_is_quarantined_at_once_where_everything_is_cached(p
     data, (entry,) = index_source(MemorySource(groups), processor, VIEWS, cache=True)
     assert data.kept == (0, 2)
     assert (entry.row, entry.id) == (2, "g1") and "cannot be decoded" in entry.reason
+
+
+def test_what_one_process_cannot_read_none_trains_on(monkeypatch, processor):
+    """Each caches all groups; a picture that another could not read is left out too, and the rest numbered anew."""
+    groups = [make_group(i) for i in range(5)]
+    theirs = [[1, ["data.jsonl", 2, "image: gone for a moment", "g1"]]]
+    monkeypatch.setattr(pipeline, "divided", lambda work, count: [work(0), theirs])
+    groups[3] = make_group(3, image=picture(3, "JPEG")[:-200])
+    data, quarantined = index_source(MemorySource(tuple(groups)), processor, VIEWS, cache=True)
+    assert data.kept == (0, 2, 4) and [data.encode(i).index for i in range(3)] == [0, 1, 2]
+    assert [q.row for q in quarantined] == [2, 4] and quarantined[0].reason == "image: gone for a moment"
+    assert equal(data.encode(2).responses, processor.encode(groups[4], 2, VIEWS).responses)
 
 
 def test_caching_changes_no_shape(processor):

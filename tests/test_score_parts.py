@@ -19,10 +19,11 @@ from commands import run, write_pairs, xla_flags
 from rich.console import Console
 from test_processes import Two
 
-from mmrm_jax.eval import score, score_parts
+from mmrm_jax import files
+from mmrm_jax.eval import score
 from mmrm_jax.eval.score_parts import Parts
+from mmrm_jax.files import InUse
 from mmrm_jax.tiny import MODEL_DIR
-from mmrm_jax.train.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -179,17 +180,17 @@ def test_a_second_command_with_the_same_out_is_refused(capsys, data: Path, tmp_p
 
 def test_a_lock_whose_folder_has_gone_is_taken_anew(monkeypatch, tmp_path: Path) -> None:
     """The other command ends between the opening of its lock and the locking of it."""
-    out, flock, folders = tmp_path / "scores.jsonl", score_parts.fcntl.flock, []
+    out, flock, folders = tmp_path / "scores.jsonl", files.fcntl.flock, []
 
     def late(file, how: int) -> None:
         if not folders:
             folders.append((tmp_path / "scores.jsonl.parts").rename(tmp_path / "ended"))
         flock(file, how)
 
-    monkeypatch.setattr(score_parts.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     with Parts.begin(out, {}) as parts:
         assert folders and sorted(file.name for file in parts.folder.iterdir()) == ["config.json", "lock"]
-        with pytest.raises(CheckpointError, match="is in use"), Parts.begin(out, {}):
+        with pytest.raises(InUse, match="is in use"), Parts.begin(out, {}):
             raise AssertionError("two have it")
 
 
@@ -198,7 +199,7 @@ def test_a_file_system_without_locks_is_written_to(monkeypatch, tmp_path: Path) 
         def flock(*_) -> None:
             raise OSError(error, os.strerror(error))
 
-        monkeypatch.setattr(score_parts.fcntl, "flock", flock)
+        monkeypatch.setattr(files.fcntl, "flock", flock)
 
     refuse(errno.ENOSYS)
     with Parts.begin(tmp_path / "scores.jsonl", {}) as parts:

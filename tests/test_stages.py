@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +20,12 @@ from test_rivals import HIGH, LN2, LOW, SURE
 from mmrm_jax.data.batching import EncodedGroup
 from mmrm_jax.data.buckets import GroupShape
 from mmrm_jax.data.pipeline import BatchPlan, EncodedSource
+from mmrm_jax.eval import stages
 from mmrm_jax.eval.evaluate import Evaluation
 from mmrm_jax.eval.stages import with_margins
+from mmrm_jax.files import alone
 from mmrm_jax.objectives import Before, find_objective
+from mmrm_jax.signals import PREEMPTED
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -134,3 +141,40 @@ def test_a_run_with_one_before_it_goes_on_to_the_same(capsys, tmp_path, spec: st
     status, text = run(capsys, *command)
     assert status == 0 and "going on from step 2" in text, text
     assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_signal_while_the_run_before_is_measured_stops(monkeypatch, capsys, tmp_path) -> None:
+    """What it has trained is saved, and is not trained again."""
+    write_pairs(tmp_path, "t", 16)
+    command = ["train", "--data", tmp_path / "t.jsonl", "--out", tmp_path / "run", "--objective", "frozen_proxy"]
+    command += ["--steps", 2, "--batch-size", 8, "--data.holdout", 0, "--data.buckets", 1]
+    measure = stages.evaluate
+
+    def signalled(*args, **kwargs) -> Evaluation:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while "saving after this step" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        return measure(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", signalled)
+        status, text = run(capsys, *command)
+    assert status == PREEMPTED and "stopped by SIGTERM and saved at step 2" in text, text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    trained = (tmp_path / "run" / "before" / "0" / "metrics.jsonl").stat().st_mtime_ns
+    status, text = run(capsys, *command)
+    assert status == 0 and (tmp_path / "run" / "metrics.jsonl").exists(), text
+    last = json.loads((tmp_path / "run" / "before" / "0" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and trained
+
+
+def test_a_second_command_in_the_same_directory_is_refused(capsys, tmp_path) -> None:
+    write_pairs(tmp_path, "t", 16)
+    out = tmp_path / "run"
+    command = ["train", "--data", tmp_path / "t.jsonl", "--out", out, "--steps", 1, "--batch-size", 8]
+    matrix = ["matrix", "--env", "A=t.jsonl,t.jsonl", "--root", tmp_path, "--out", out]
+    with alone(out, ".lock", "is training there"):
+        for words in (command, matrix):
+            status, text = run(capsys, *words)
+            assert status == 2 and f"{out} is in use: another command" in " ".join(text.split()), text
+    assert [path.name for path in out.iterdir()] == [".lock"]

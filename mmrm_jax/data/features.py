@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class FeatureStore:
         """Keep the features of an image, in place of any that are there."""
         file = self.file(name)
         file.parent.mkdir(exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
         part.write_bytes(save({_TENSOR: features}, {"sha256": _checksum(features)}))
         part.replace(file)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -155,16 +156,21 @@ def index_source(
         return _measure_source(source, processor, views, progress)
     kept: list[int] = []
     encoded: dict[int, EncodedGroup] = {}
-    quarantined = []
+    own: list[tuple[int, tuple[Any, ...]]] = []
     for i in progress(range(len(source))):
         group = source[i]
         try:
             encoded[len(kept)] = processor.encode(group, len(kept), views)
             kept.append(i)
         except (ImageError, TextError) as error:
-            quarantined.append(Quarantined(group.file, group.row, str(error), group.id))
+            own.append((i, (group.file, group.row, str(error), group.id)))
     shapes = tuple(each.shape for each in encoded.values())
-    return EncodedSource(source, processor, views, tuple(kept), shapes, encoded), quarantined
+    data = EncodedSource(source, processor, views, tuple(kept), shapes, encoded)
+    # A picture that one process could not read, as a file system may once, is left out by all: they share a plan.
+    failed = {i: problem for each in divided(lambda _: own, jax.process_count()) for i, problem in each}
+    if any(i in failed for i in kept):
+        data = data.only([place for place, i in enumerate(kept) if i not in failed])
+    return data, [Quarantined(*failed[i]) for i in sorted(failed)]
 
 
 def _measure_source(
@@ -328,10 +334,14 @@ class MakeBatch:
 def _append(path: Path, entries: Sequence[Quarantined]) -> None:
     if not entries:
         return
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = dict.fromkeys(json.dumps(dataclasses.asdict(entry)) for entry in entries)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines if line not in known))
+    known = set(before.splitlines())
+    new = "".join(line + "\n" for line in lines if line not in known)
+    if before and not before.endswith("\n"):  # cut short, by a full disk or a kill
+        new = "\n" + new
+    with path.open("ab", buffering=0) as file:  # one write: others append to the file, too
+        file.write(new.encode())
 
 
 def buckets_for(datasets: Sequence[EncodedSource], k: int) -> Buckets:

@@ -108,11 +108,22 @@ def write_quarantine(path: str | Path, entries: Iterable[Quarantined]) -> None:
 
 
 def read_quarantine(path: str | Path) -> list[Quarantined]:
-    """The entries of a quarantine file, each once; none where there is no such file."""
-    if not Path(path).exists():
+    """The entries of a quarantine file, each once; none where there is no such file.
+
+    A line that was cut short, by a full disk or a kill, is an entry that says so.
+    """
+    path = Path(path)
+    if not path.exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return list(dict.fromkeys(Quarantined(**json.loads(line)) for line in lines))
+
+    def entry(number: int, line: str) -> Quarantined:
+        try:
+            return Quarantined(**json.loads(line))
+        except (ValueError, TypeError):
+            return Quarantined(str(path), number, f"line cut short: {line:.200}", None)
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return list(dict.fromkeys(entry(number, line) for number, line in enumerate(lines, 1) if line))
 
 
 def summarise_quarantine(entries: Sequence[Quarantined], what: str = "quarantined") -> str:

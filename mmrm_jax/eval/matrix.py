@@ -28,7 +28,7 @@ from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, 
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.eval.stages import Build, Show, first_params, run_before
-from mmrm_jax.files import write_atomic
+from mmrm_jax.files import alone, write_atomic
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
@@ -120,11 +120,16 @@ def run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     """Train and test every cell. A cell that an interrupted run has finished is read back, not trained again.
 
     With `config.jobs` above 1 the cells are shared out among processes. What is in `FREE` may differ from an earlier
-    run in the same directory. Raises ValueError as `check_matrix` does, and CheckpointError where the directory holds
-    a matrix of another configuration, other data or another model.
+    run in the same directory. Raises ValueError as `check_matrix` does, CheckpointError where the directory holds a
+    matrix of another configuration, other data or another model, and InUse where another command is at work there.
     """
-    start = time.monotonic()
     check_matrix(config)
+    with alone(config.out, ".lock", "is at work there"):
+        return _run_matrix(config, console)
+
+
+def _run_matrix(config: MatrixConfig, console: Console) -> Matrix:
+    start = time.monotonic()
     model = config.model or MODEL_DIR
     checkpoint = open_checkpoint(model, config.train.data)
     check_frozen_tower(checkpoint.config, config.train)

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrm_jax.data.scoring import ScoringRow
-from mmrm_jax.distributed import any_process, barrier, is_main
-from mmrm_jax.files import write_atomic
-from mmrm_jax.train.checkpoint import CheckpointError, check_config, write_config
+from mmrm_jax.distributed import barrier, is_main
+from mmrm_jax.files import alone, write_atomic
+from mmrm_jax.train.checkpoint import check_config, write_config
 from mmrm_jax.types import Quarantined
 
 COLUMNS = {name: pa.string() for name in ("id", "history", "prompt", "img_path", "response")}
 COLUMNS |= {"score": pa.float64(), "error": pa.string(), "file": pa.string(), "row": pa.int64()}
 
 LOCK = "lock"  # in the folder of parts
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that has none, as Lustre may be mounted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +37,10 @@ class Parts:
         """The parts of `out`, new or of an earlier command; the main process locks them until the end.
 
         Parts whose configuration nobody knows are deleted. Raises CheckpointError where an earlier command had another
-        `config`, and where another one is still at work.
+        `config`, and InUse where another one is still at work.
         """
         parts = cls(out.with_name(out.name + ".parts"))
-        lock = _locked(parts.folder) if is_main() else None
-        with lock or contextlib.nullcontext():
-            if any_process(is_main() and lock is None):
-                raise CheckpointError(
-                    f"{parts.folder} is in use: another command is writing {out}; wait until it has ended, or give "
-                    "--out another name"
-                )
+        with alone(parts.folder, LOCK, f"is writing {out}"):
             check_config(parts.folder, config)
             if is_main() and not (parts.folder / "config.json").exists():
                 for file in parts.folder.glob("[0-9]*.json*"):
@@ -97,25 +87,6 @@ class Parts:
     def _ended(self) -> Path:
         """What the folder is called while it is deleted; never read."""
         return self.folder.with_name(self.folder.name + "-ended")
-
-
-def _locked(folder: Path) -> TextIO | None:
-    """The lock of `folder`, which is made, held until it is closed; None where another command holds it."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
-            lock = opened.enter_context((folder / LOCK).open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-            # The other command may have ended just now, and its folder with it: then this is the lock of nothing.
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
-                opened.pop_all()
-                return lock
 
 
 def as_json(line: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from mmrm_jax.eval.saved_run import read_run
 from mmrm_jax.eval.single_tables import training_table
 from mmrm_jax.eval.stages import Left, first_params, run_before
 from mmrm_jax.eval.summary import between, percent
+from mmrm_jax.files import alone
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.tiny import MODEL_DIR, rate_note
 from mmrm_jax.train.checkpoint import check_config, write_config
@@ -123,11 +124,26 @@ def train_run(
 
     Without `go_on` it begins again, and replaces what lies there once it trains. With `profile` it says what the time
     went on, and leaves that in `out/profile`. Of several processes each reads its share of every batch, and `out` is a
-    folder that all of them see. Raises CheckpointError where `out` holds a run of another configuration, and Preempted
-    where a signal stopped it.
+    folder that all of them see. Raises CheckpointError where `out` holds a run of another configuration, InUse where
+    another command is training there, and Preempted where a signal stopped it.
     """
-    with keep_quarantine(refused_file(out)):
-        run = open_run(config, spec, out, model, image_root, console)
+    with alone(out, ".lock", "is training there"):
+        with keep_quarantine(refused_file(out)):
+            run = open_run(config, spec, out, model, image_root, console)
+        return _train(run, config, spec, out, model, console, go_on=go_on, profile=profile)
+
+
+def _train(
+    run: Opened,
+    config: TrainConfig,
+    spec: str,
+    out: Path,
+    model: Path | None,
+    console: Console,
+    *,
+    go_on: bool,
+    profile: bool,
+) -> dict[str, Any]:
     if model is None and (note := rate_note(config.optimizer.learning_rate, "--optimizer.learning-rate")):
         console.print(note, style="yellow")
     steps = training_steps(config, len(run.train))
@@ -141,23 +157,23 @@ def train_run(
     if state is None and not (go_on and (out / "before").exists()):
         clear_quarantine(unreadable)  # of a run that begins again
     write_config(out, run.settings)
-    with handled(program.mesh) as stop, make_progress(console) as bar:
-        left = run_before(
-            program.objective.before,
-            run.checkpoint,
-            run.train,
-            run.buckets,
-            config,
-            steps,
-            out,
-            quarantine=unreadable,
-            build=build,
-            show=functools.partial(task, bar),
-            go_on=go_on,
-            stop=stop,
-        )
-    feed = training_feed(left.data, run.buckets, config, steps, program.mesh, quarantine=unreadable)
     with handled(program.mesh) as stop:
+        with make_progress(console) as bar:
+            left = run_before(
+                program.objective.before,
+                run.checkpoint,
+                run.train,
+                run.buckets,
+                config,
+                steps,
+                out,
+                quarantine=unreadable,
+                build=build,
+                show=functools.partial(task, bar),
+                go_on=go_on,
+                stop=stop,
+            )
+        feed = training_feed(left.data, run.buckets, config, steps, program.mesh, quarantine=unreadable)
         compiling = 0.0
         if state is None and not profile:  # a profile counts what is compiled in its steps
             with console.status("compiling the train step"):

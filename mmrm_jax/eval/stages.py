@@ -18,6 +18,7 @@ from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
 from mmrm_jax.models.lora import fold_adapters
 from mmrm_jax.objectives import Before
 from mmrm_jax.train.loop import Report, resume, train
+from mmrm_jax.train.preemption import Preempted
 from mmrm_jax.train.program import Program
 from mmrm_jax.train.setup import Checkpoint, compile_ahead, initial_params, training_feed
 from mmrm_jax.train.state import merge_branch
@@ -101,6 +102,8 @@ def run_before(
         if before.given:
             own = None if whole else np.flatnonzero(fold == k)
             found.append(evaluate(program, result.state, data, buckets, batch_size=config.eval_batch_size, only=own))
+        if received := stop() or stop():  # of several processes the first answer is that of before the evaluation
+            raise Preempted(first, received)
     return Left(with_margins(data, before.given, found) if found else data, params, seconds)
 
 

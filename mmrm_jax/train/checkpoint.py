@@ -6,12 +6,12 @@ on the way back. The position in the data needs no file of its own: it is the st
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.distributed import any_process, is_main
 from mmrm_jax.files import write_atomic
-from mmrm_jax.train.manifest import damage, read_manifest, write_manifest
+from mmrm_jax.train.manifest import add_metrics, damage, read_manifest, write_manifest
 from mmrm_jax.types import PyTree
 
 Warn = Callable[[str], None]
@@ -57,7 +57,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(str(directory.resolve()))
         self._config = TrainConfig() if config is None else config
         self._thread = ThreadPoolExecutor(1)
-        self._sealing: Future[None] | None = None
+        self._sealing: list[Future[None]] = []
         self.directory = directory
         manifests = {found.step: read_manifest(self._folder(found.step)) for found in self._checkpointer.checkpoints}
         self._metrics = {step: self._ranked({} if m is None else m["metrics"]) for step, m in manifests.items()}
@@ -113,11 +113,10 @@ class Checkpoints:
         state: PyTree,
         *,
         pending: Sequence[dict[str, Any]] = (),
-        metrics: Mapping[str, float | None] = MappingProxyType({}),
     ) -> None:
         """Start saving `state` as `step`; waits only for a save that is still under way.
 
-        `pending` are JSON values to go with it; `metrics` is what was measured there, of which `best_metric` ranks it.
+        `pending` are JSON values to go with it.
         """
         self._settle()
         self._unmark(step)
@@ -126,18 +125,25 @@ class Checkpoints:
             step, {"state": _flat(state)[0]}, force=True, custom_metadata={"pending": list(pending)}
         )
         assert response is not None
-        self._metrics[step] = self._ranked(metrics)
-        self._sealing = self._thread.submit(self._seal, step, response, metrics)
+        self._metrics[step] = None
+        self._sealing.append(self._thread.submit(self._seal, step, response))
 
-    def _seal(self, step: int, response: Any, metrics: Mapping[str, float | None]) -> None:
+    def _seal(self, step: int, response: Any) -> None:
         response.result()
-        write_manifest(self._folder(step), metrics, part=jax.process_index(), parts=jax.process_count())
+        write_manifest(self._folder(step), part=jax.process_index(), parts=jax.process_count())
+
+    def rank(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Add what was measured at the checkpoint of `step`, of which `best_metric` ranks it."""
+        self._metrics[step] = self._ranked(metrics)
+        add = functools.partial(add_metrics, self._folder(step), metrics, jax.process_count())
+        self._sealing.append(self._thread.submit(add if is_main() else lambda: None))
 
     def _settle(self) -> None:
         """Wait for the save under way, then delete what need not be kept."""
-        if self._sealing is not None:
-            sealing, self._sealing = self._sealing, None
-            sealing.result()
+        if self._sealing:
+            sealing, self._sealing = self._sealing, []
+            for each in sealing:
+                each.result()
             for step in sorted(set(self._metrics) - kept_steps(self._metrics, self._config)):
                 self._delete(step)
 

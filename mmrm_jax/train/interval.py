@@ -18,6 +18,10 @@ class NonFinite(Exception):
         self.step, self.groups = step, groups
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on, in any process; the message says at which step and what to look at."""
+
+
 class Interval:
     """Metrics of finished steps, and of one that is in flight: the host stays one step ahead of the devices, no more.
 

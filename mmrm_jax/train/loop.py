@@ -17,7 +17,7 @@ from mmrm_jax.config import TrainConfig
 from mmrm_jax.sharding import gather
 from mmrm_jax.train.checkpoint import Checkpoints, Warn
 from mmrm_jax.train.compiling import release_freed_memory
-from mmrm_jax.train.interval import Interval, NonFinite
+from mmrm_jax.train.interval import Interval, NonFinite, TrainingError
 from mmrm_jax.train.preemption import Preempted
 from mmrm_jax.train.program import Program
 from mmrm_jax.train.run_files import RunFiles
@@ -25,10 +25,6 @@ from mmrm_jax.train.state import TrainState
 from mmrm_jax.types import Batch
 
 Report = Callable[[int, dict[str, Any]], None]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what to look at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,8 @@ def train(
 
     With a `run_dir` it writes `metrics.jsonl`, TensorBoard events and checkpoints; what lies there from steps after
     `state.step` is replaced. A logging interval ends every `log_every` steps and wherever there is an evaluation or a
-    checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each.
+    checkpoint, so that a resumed run logs what an uninterrupted one does; `report` is called at each. A checkpoint
+    comes before the evaluation at its step: where that fails or is killed, a resumed run begins with it.
 
     Times begin with the seconds that are `spent` already, where the run does not go on from others.
 
@@ -85,32 +82,51 @@ def train(
     """
     release_freed_memory()  # of loading the model, say
     with RunFiles(run_dir, int(state.step), config) as files, _iterate(stream) as batches:
-        interval = Interval(files.pending)
+        first, interval = int(state.step), Interval(files.pending)
         start = time.monotonic() - (files.history[-1]["seconds"] if files.history else spent)
+
+        def evaluating(step: int) -> bool:
+            return evaluate is not None and _due(config.eval_every, step, steps)
+
+        def saving(step: int) -> bool:
+            return _due(config.checkpoint_every, step, steps)
+
+        def logging(step: int) -> bool:
+            return evaluating(step) or saving(step) or _due(config.log_every, step, steps)
+
+        def log(step: int) -> None:
+            seconds = time.monotonic() - start
+            entry = {"step": step, "seconds": seconds, "groups": step * config.batch_size} | interval.close()
+            if evaluate is not None and evaluating(step):
+                entry |= evaluate(state)
+            files.write(entry)
+            report(step, entry)
+
+        def rank(step: int) -> None:
+            if saving(step) and evaluating(step):
+                measured = _measured(files.history[-1])
+                files.rank(step, measured)
+                _check_best(config, measured)
+
         try:
-            for step in range(int(state.step) + 1, steps + 1):
+            if files.pending and logging(first):  # stopped after it had saved, before the entry was there
+                log(first)
+            if files.history and files.history[-1]["step"] == first:
+                rank(first)
+            for step in range(first + 1, steps + 1):
                 batch = program.put(_next(batches, step))
                 state, metrics = program.train_step(state, batch)
                 interval.add(step, metrics, batch.group_index)
                 received = None if step == steps else stop()
-                evaluating = evaluate is not None and _due(config.eval_every, step, steps)
-                saving = _due(config.checkpoint_every, step, steps)
-                if evaluating or saving or _due(config.log_every, step, steps):
+                if logging(step) or received:
                     interval.settle()
-                    seconds = time.monotonic() - start
-                    entry = {"step": step, "seconds": seconds, "groups": step * config.batch_size} | interval.close()
-                    if evaluate is not None and evaluating:
-                        entry |= evaluate(state)
-                    files.write(entry)
-                    report(step, entry)
-                if saving or received:
-                    interval.settle()
+                if saving(step) or received:
                     if not program.is_finite(state):
                         raise NonFinite(step, "a parameter or optimiser moment", np.nan, batch.group_index)
-                    ranking = _measured(files.history[-1]) if saving and evaluating else {}
-                    files.checkpoint(step, state, interval.finished(), ranking)
-                    if ranking:
-                        _check_best(config, ranking)
+                    files.checkpoint(step, state, interval.finished())
+                if logging(step):
+                    log(step)
+                    rank(step)
                 if received:
                     raise Preempted(step, received)
         except NonFinite as error:

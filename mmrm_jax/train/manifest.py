@@ -17,10 +17,10 @@ _NAME = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
 _THREADS = 4  # hashing leaves Python's lock, and one thread does 1 to 2 GB/s: about as much as a disk gives
 
 
-def write_manifest(folder: Path, metrics: Mapping[str, float | None], *, part: int = 0, parts: int = 1) -> None:
+def write_manifest(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Read this process's share of the files under `folder` once and write its manifest, whole or not at all.
 
-    The share follows from the names, so that processes need not agree first. `metrics` are kept in it.
+    The share follows from the names, so that processes need not agree first.
     """
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and not _NAME.match(f.name)}
     mine = {name: file for name, file in sorted(files.items()) if zlib.crc32(name.encode()) % parts == part}
@@ -30,8 +30,15 @@ def write_manifest(folder: Path, metrics: Mapping[str, float | None], *, part: i
         name: {"size": file.stat().st_size, "sha256": digest}
         for (name, file), digest in zip(mine.items(), sums, strict=True)
     }
-    text = json.dumps({"metrics": dict(metrics), "files": entries}, indent=1) + "\n"
+    text = json.dumps({"metrics": {}, "files": entries}, indent=1) + "\n"
     write_atomic(folder / f"manifest-{part}-of-{parts}.json", text)
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float | None], parts: int) -> None:
+    """Write what was measured at a checkpoint into the first of its manifests, in place of what is there."""
+    file = folder / f"manifest-0-of-{parts}.json"
+    found = json.loads(file.read_text())
+    write_atomic(file, json.dumps(found | {"metrics": dict(metrics)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

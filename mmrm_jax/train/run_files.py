@@ -8,10 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mmrm_jax.config import TrainConfig
 from mmrm_jax.distributed import is_main
 from mmrm_jax.files import write_atomic
 from mmrm_jax.train.checkpoint import Checkpoints
+from mmrm_jax.train.interval import TrainingError
+from mmrm_jax.train.preemption import Preempted
 from mmrm_jax.train.state import TrainState
 
 
@@ -19,8 +23,8 @@ class RunFiles:
     """`metrics.jsonl`, TensorBoard and checkpoints of a run directory; nothing without one.
 
     `history` are the entries up to `step` that are there already, `pending` the metrics of steps after the last entry,
-    which went with the checkpoint. Later entries and checkpoints are replaced. Of several processes the main one
-    writes; checkpoints are everybody's.
+    which went with the checkpoint, up to `step`. Later entries and checkpoints are replaced. Of several processes the
+    main one writes; checkpoints are everybody's.
     """
 
     def __init__(self, run_dir: Path | None, step: int, config: TrainConfig):
@@ -33,7 +37,8 @@ class RunFiles:
             return self
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config)
         self._checkpoints.discard_after(self.step)
-        self.pending = self._checkpoints.pending(self.step)
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.pending = self._checkpoints.pending(self.step)
         if is_main():
             from tensorboardX import SummaryWriter
 
@@ -54,15 +59,18 @@ class RunFiles:
             if isinstance(value, float) and math.isfinite(value):
                 self._board.add_scalar(name, value, entry["step"])
 
-    def checkpoint(
-        self, step: int, state: TrainState, pending: list[dict[str, Any]], metrics: dict[str, float | None]
-    ) -> None:
-        """Start saving; the entries up to here are on the disk before."""
+    def checkpoint(self, step: int, state: TrainState, pending: list[dict[str, Any]]) -> None:
+        """Start saving; the entries before the `pending` steps are on the disk before."""
         if self.run_dir is None:
             return
         if is_main():
             os.fsync(self._metrics.fileno())
-        self._checkpoints.save(step, state, pending=pending, metrics=metrics)
+        self._checkpoints.save(step, state, pending=pending)
+
+    def rank(self, step: int, measured: dict[str, float | None]) -> None:
+        """Rank the checkpoint of `step` by what was measured there."""
+        if self.run_dir is not None:
+            self._checkpoints.rank(step, measured)
 
     def write_batch(self, step: int, reason: str, groups: list[dict[str, Any]]) -> Path | None:
         """Write which groups a step saw to `batch-STEP.json`, and give its path."""
@@ -73,11 +81,17 @@ class RunFiles:
             write_atomic(path, json.dumps({"step": step, "reason": reason, "groups": groups}, indent=1) + "\n")
         return path
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.run_dir is None:
             return
+        # Closing waits for the other processes, which may know nothing of an error that this one has alone.
+        shared = error is None or isinstance(error, Preempted | TrainingError) or jax.process_count() == 1
         try:
-            self._checkpoints.close()
+            if shared:
+                self._checkpoints.close()
+        except Exception:
+            if error is None:  # else what went wrong first is what is to be told
+                raise
         finally:
             if is_main():
                 self._metrics.close()

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mmrm_jax.data.processor import SAVED, Processor
 from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import ChainSource, GroupSource, open_source, split_holdout
 from mmrm_jax.data.tokenizer import TOKENIZER_FILES
-from mmrm_jax.distributed import own_file
+from mmrm_jax.distributed import own_file, require_agreement
 from mmrm_jax.models.hf.config import read_config
 from mmrm_jax.models.hf.tensors import weight_files
 from mmrm_jax.models.hf.weights import load_params
@@ -129,7 +129,7 @@ def initial_params(checkpoint: Checkpoint, seed: int, mesh: Mesh | None = None) 
 
 def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSource, list[Quarantined]]:
     """Open `FILE` or `DIRECTORY:SPLIT`, relative to `root`, or several of them joined by "+", one after another."""
-    if "+" in spec and not (root / spec).exists():
+    if "+" in spec and not any((root / path).exists() for path in _meant(spec)):
         opened = [open_spec(part, root, image_root) for part in spec.split("+")]
         sources, quarantined = zip(*opened, strict=True)
         return ChainSource(sources), [row for rows in quarantined for row in rows]
@@ -139,11 +139,19 @@ def open_spec(spec: str, root: Path, image_root: Path | None) -> tuple[GroupSour
     return open_source(root / spec, image_root=image_root)
 
 
+def _meant(spec: str) -> Iterator[Path]:
+    """What a spec may name with a "+" in it: a path, the DIRECTORY of a SPLIT, the FILE of a FORMAT."""
+    path = Path(spec)
+    yield path
+    yield from (path.with_name(name) for name in (path.name.partition(":")[0], path.name.rpartition("@")[0]) if name)
+
+
 def training_sources(
     spec: str, root: Path, image_root: Path | None, config: TrainConfig
 ) -> tuple[GroupSource, GroupSource | None, list[Quarantined]]:
     """(training part, held-out part or None, quarantined rows) of a training file, split by image."""
     source, quarantined = open_spec(spec, root, image_root)
+    require_agreement([len(source), [[entry.file, entry.row] for entry in quarantined]], f"rows of {spec}")
     if config.strict:
         raise_first(quarantined)
     if not config.data.holdout:

@@ -240,6 +240,7 @@ def serve(argv: Sequence[str], console: Console) -> dict[str, Any]:
         dtype=args.dtype,
         batch_size=args.batch_size,
         prefix_cache_mib=args.prefix_cache_mib,
+        empty_reward=args.empty_reward,
         limits=args.limits,
         console=console,
     )

@@ -324,6 +324,8 @@ class ServeArgs:
         batch_size: Most groups of up to 64 responses that run together; rounded up to a multiple of the devices.
         prefix_cache_mib: MiB of main memory for what images and prompts became in the decoder, so that the next
             responses to them run through it alone; 0 keeps nothing.
+        empty_reward: Reward of an empty response, which policies give now and then; no model is asked for it. None
+            refuses the request.
         limits: What a request may hold and how long it may take.
     """
 
@@ -335,6 +337,7 @@ class ServeArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     prefix_cache_mib: int = 1024
+    empty_reward: float | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 

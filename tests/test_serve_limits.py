@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from pictures import data_url, png
@@ -242,6 +243,23 @@ def test_of_a_request_with_a_bad_query_the_rest_is_left(rm: Scorer, monkeypatch)
     held.go.set()
     engine.close()
     assert len(held.begun) <= 4
+
+
+def test_an_empty_response_gets_the_reward_that_is_said(rm: Scorer) -> None:
+    """Of a policy, in any shape of request; the others are scored as they would be without it."""
+    mixed = [Ask({}, "p", ("", "a", " \n", "b")), Ask({}, "p", ("",), name="query[1]"), Ask({}, "q", ("a",))]
+    engine = Engine(rm, Limits(), Metrics(), prefix_cache=0, empty_reward=-5.0)
+    found = asyncio.run(engine.score(mixed))
+    assert asyncio.run(engine.score(mixed[1:2]))[0].rewards == [-5.0]
+    engine.close()
+    a, b = rm.score(None, "p", ["a", "b"])
+    (c,) = rm.score(None, "q", ["a"])
+    for each, want in zip(found, ([-5.0, a, -5.0, b], [-5.0], [c]), strict=True):
+        np.testing.assert_allclose(each.rewards, want, atol=1e-5)
+    engine = Engine(rm, Limits(), Metrics(), prefix_cache=0)
+    with pytest.raises(ValueError, match=r"query\[1\]: empty response"):
+        asyncio.run(engine.score(mixed[1:]))
+    engine.close()
 
 
 def test_what_is_being_encoded_waits_too(rm: Scorer, monkeypatch) -> None:

@@ -75,14 +75,16 @@ def make_app(
     *,
     token: str | None = None,
     prefix_cache: int = 2**30,
+    empty_reward: float | None = None,
     warm: bool = True,
 ) -> FastAPI:
     """The server of one model, called `name`; with `warm` it is ready once its common shapes are compiled.
 
-    `prefix_cache` is how many bytes of what image and prompt became are kept for the next responses to them.
+    `prefix_cache` is how many bytes of what image and prompt became are kept for the next responses to them,
+    `empty_reward` the reward of an empty response; without, a request that has one is refused.
     """
     metrics = Metrics()
-    engine = Engine(scorer, limits, metrics, prefix_cache=prefix_cache)
+    engine = Engine(scorer, limits, metrics, prefix_cache=prefix_cache, empty_reward=empty_reward)
     template = scorer.checkpoint.processor.chat.template
     ready, stopping = threading.Event(), threading.Event()
 

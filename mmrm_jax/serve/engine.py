@@ -37,8 +37,16 @@ class Found:
 class Engine:
     """One model behind its batcher."""
 
-    def __init__(self, scorer: Scorer, limits: Limits, metrics: Metrics, *, prefix_cache: int):
-        self.scorer, self.limits, self.metrics = scorer, limits, metrics
+    def __init__(
+        self,
+        scorer: Scorer,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        prefix_cache: int,
+        empty_reward: float | None = None,
+    ):
+        self.scorer, self.limits, self.metrics, self.empty_reward = scorer, limits, metrics, empty_reward
         self.prefixes = Prefixes(scorer, prefix_cache)
         self.batcher = Batcher(self.prefixes, on_batch=metrics.on_batch)
         self.encoding = 0  # groups that are decoded and tokenised, or wait for that
@@ -59,7 +67,7 @@ class Engine:
         return self.encoding + len(self.batcher)
 
     async def score(self, asks: Sequence[Ask], *, proxy: bool = False) -> list[Found]:
-        """The rewards of each ask, in order.
+        """The rewards of each ask, in order; where there is an `empty_reward`, that of an empty response.
 
         Raises ValueError where something cannot be scored, QueueFullError where too much waits, TimeoutError where it
         took too long.
@@ -67,6 +75,15 @@ class Engine:
         self._check(asks)
         if proxy and not self.has_proxy:
             raise ValueError("proxy: this model's folder holds no proxy; mmrm export --proxy writes one")
+        if (empty := self.empty_reward) is None:
+            return await self._score(asks, proxy)
+        said = [dataclasses.replace(ask, responses=tuple(filter(str.strip, ask.responses))) for ask in asks]
+        asked = [ask for ask in said if ask.responses]
+        found = iter(await self._score(asked, proxy) if asked else ())
+        scored = (next(found) if ask.responses else Found([], [] if proxy else None, 0, 0) for ask in said)
+        return [_with_empty(ask, each, empty) for ask, each in zip(asks, scored, strict=True)]
+
+    async def _score(self, asks: Sequence[Ask], proxy: bool) -> list[Found]:
         branches: tuple[Branch, ...] = ("primary", "proxy") if proxy else ("primary",)
         async with asyncio.timeout(self.limits.seconds):
             encoded = await self._encoded(asks, branches)
@@ -131,6 +148,17 @@ class Engine:
         """Score what waits, and end the threads."""
         self.batcher.close()
         self.pool.shutdown()
+
+
+def _with_empty(ask: Ask, found: Found, empty: float) -> Found:
+    """The rewards of an ask, of which those of the responses that are not empty were found."""
+
+    def fill(rewards: list[float]) -> list[float]:
+        given = iter(rewards)
+        return [next(given) if response.strip() else empty for response in ask.responses]
+
+    proxy = None if found.proxy is None else fill(found.proxy)
+    return dataclasses.replace(found, rewards=fill(found.rewards), proxy=proxy)
 
 
 async def _all(futures: Iterable[asyncio.Future[T]]) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import uvicorn
 from rich.console import Console
 
 from mmrm_jax.config import MeshConfig
-from mmrm_jax.eval.scorer import open_scorer, with_proxy
+from mmrm_jax.eval.scorer import holds_proxy, open_scorer, with_proxy
 from mmrm_jax.serve.app import make_app
 from mmrm_jax.serve.prefixes import Prefixes
 from mmrm_jax.serve.settings import Limits
@@ -30,6 +31,7 @@ def serve(
     batch_size: int,
     limits: Limits,
     prefix_cache_mib: int,
+    empty_reward: float | None,
     console: Console,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way are answered.
@@ -39,20 +41,29 @@ def serve(
     """
     if prefix_cache_mib < 0:
         raise ValueError(f"prefix_cache_mib is {prefix_cache_mib}; it must be at least 0")
+    if empty_reward is not None and not math.isfinite(empty_reward):
+        raise ValueError(f"empty_reward is {empty_reward}; it must be finite")
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
     if token == "":
         raise ValueError(f"{token_file} is empty; it must hold the token that clients are to send")
     with _listen(host, port) as listener:
         scorer, _ = open_scorer(model, make_mesh(MeshConfig()), dtype, batch_size, None)
-        try:
+        if holds_proxy(model):
             scorer = with_proxy(scorer)
-        except ValueError:
+        else:
             console.print("no proxy in the folder: only the model's own rewards are served")
         if host not in LOCAL and token is None:
             console.print(
                 f"{host} can be reached from other machines, and anyone may ask: give --token-file", style="yellow"
             )
-        app = make_app(scorer, name or model.resolve().name, limits, token=token, prefix_cache=prefix_cache_mib * 2**20)
+        app = make_app(
+            scorer,
+            name or model.resolve().name,
+            limits,
+            token=token,
+            prefix_cache=prefix_cache_mib * 2**20,
+            empty_reward=empty_reward,
+        )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         console.print(f"{address}  page at /, OpenAPI at /docs, ready at /ready", highlight=False)

@@ -408,8 +408,8 @@ def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except TypeError as error:  # an unknown field of a configuration class
-        raise ValueError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}{_nearest_field(str(error))}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, cls):
         of = {TrainConfig: "train", MatrixConfig: "matrix", AblateConfig: "ablate"}.get(type(config))
@@ -419,14 +419,13 @@ def _config_file(argv: Sequence[str], cls: type[C]) -> tuple[C | None, Sequence[
 
 
 def _nearest_field(message: str) -> str:
-    """A hint for "unexpected keyword argument 'x'": the nearest field of any configuration class, else nothing."""
+    """A hint for "X.__init__() got an unexpected keyword argument 'y'": the nearest field of X, else nothing."""
     from mmrm_jax import config
 
-    if "unexpected keyword argument" not in message:
+    cls = getattr(config, message.partition(".")[0], None)
+    if "unexpected keyword argument" not in message or cls is None:
         return ""
-    word = message.rpartition("argument ")[2].strip("'")
-    classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
-    return _nearest(word, sorted({f.name for c in classes for f in dataclasses.fields(c)}))
+    return _nearest(message.rpartition("argument ")[2].strip("'"), sorted(f.name for f in dataclasses.fields(cls)))
 
 
 def _environment(text: str) -> Environment:

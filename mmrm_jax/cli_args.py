@@ -178,7 +178,8 @@ class AuditArgs:
 
     For each data set: the accuracy of text-only baselines (length, a bag of words) on held-out comparisons, the share
     of comparisons that text explains, the most telling words and styles, duplicates, conflicting labels, and a verdict
-    in plain words. Between them: whether what words say in one holds in another, and what they share.
+    in plain words. Between them: whether what words say in one holds in another, and what they share. Images are told
+    apart by their bytes and not decoded: a damaged one is met by `mmrm prepare`.
 
     Attributes:
         data: Preference files, or DIRECTORY:SPLIT of a prepared data set. Each is called after its file or split;

@@ -33,16 +33,29 @@ def write_atomic(path: Path, text: str) -> None:
 def alone(folder: Path, name: str, work: str) -> Iterator[None]:
     """No second command in `folder`, which is made, meanwhile: the main process locks the file `name` in it.
 
-    The lock ends with the process, however that ends. Raises InUse in every process where another command holds it;
-    `work` is what that is doing.
+    The lock ends with the process, however that ends; a folder in which nothing came of it is gone. Raises InUse in
+    every process where another command holds it; `work` is what that is doing.
     """
+    new = is_main() and not folder.exists()
     lock = _locked(folder, name) if is_main() else None
-    with lock or contextlib.nullcontext():
+    with lock or contextlib.nullcontext(), _removed_if_unused(folder, name) if new else contextlib.nullcontext():
         if any_process(is_main() and lock is None):
             raise InUse(
                 f"{folder} is in use: another command {work}; wait until it has ended, or give --out another name"
             )
         yield
+
+
+@contextlib.contextmanager
+def _removed_if_unused(folder: Path, name: str) -> Iterator[None]:
+    """Remove the folder afterwards where it holds nothing but its lock."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [name]:
+                (folder / name).unlink()
+                folder.rmdir()
 
 
 def _locked(folder: Path, name: str) -> TextIO | None:

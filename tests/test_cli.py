@@ -83,7 +83,7 @@ def test_a_matrix_without_environments_says_what_to_do(capsys):
         ('{"prompt": "p", "img_path": null, "responses": ["a", "b"]}\n', "no comparisons"),
         (
             '{"prompt": "p", "img_path": "d.jsonl", "chosen": "a", "rejected": "b"}\n',
-            "no comparisons: training and evaluation need rows with a preference; first reason: image",
+            "no comparisons: training and evaluation need rows with a preference; first reason: unusable image: image",
         ),
     ],
 )
@@ -120,13 +120,13 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
     status, text = run(capsys, *train)
-    assert status == 0 and "going on from step 3" in text, text
+    assert status == 0 and "finished before, at step 3" in text, text
     status, text = run(capsys, *train, "--seed", 5)
     assert status == 2 and "seed: 0 -> 5" in text
     status, text = run(capsys, *train, "--resume")
-    assert status == 0 and "going on from step 3" in text, text
+    assert status == 0 and "finished before, at step 3" in text, text
     status, text = run(capsys, *train, "--no-resume", "--log-every", 3)
-    assert status == 0 and "going on" not in text, text
+    assert status == 0 and "finished before" not in text and "going on" not in text, text
     again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in again] == [3]
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["3"]

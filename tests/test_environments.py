@@ -17,7 +17,7 @@ from mmrm_jax.config import DataConfig, Environment, MatrixConfig, TrainConfig
 from mmrm_jax.data.shapes import make_group
 from mmrm_jax.data.sources import fingerprint
 from mmrm_jax.data.tfds.preference_files import prepare
-from mmrm_jax.eval.matrix_data import open_data
+from mmrm_jax.eval.matrix_data import open_data, seen_in_training
 from mmrm_jax.tiny import MODEL_DIR
 from mmrm_jax.train.setup import encode, open_checkpoint, open_spec
 
@@ -168,3 +168,14 @@ def test_an_environment_left_out_is_tested_on_alone() -> None:
     )
     some = tuple(dataclasses.replace(e, validation="v" if e.name == "long" else None) for e in environments)
     assert leave_out(MatrixConfig(environments=some), "hedged").environments[0].validation is None  # not of long alone
+
+
+def test_a_matrix_says_which_tests_show_what_is_trained_on(two: Path) -> None:
+    environments = (Environment("one", "a.jsonl", "b.jsonl"), Environment("two", "b.jsonl", "a.jsonl"))
+    config = MatrixConfig(root=two, environments=environments, train=TrainConfig(data=DataConfig(holdout=0.0)))
+    told = seen_in_training(open_data(config), {})
+    assert [line.split(" have ")[0] for line in told] == [
+        "training set one and test set two",
+        "training set two and test set one",
+    ]
+    assert all("8 image(s)" in line and "8 of them with the same prompt" in line for line in told)

@@ -360,7 +360,7 @@ def test_training_and_evaluation_with_features(tmp_path: Path, capsys) -> None:
     assert len(files(tmp_path / "features")) == 21
     # The folder may be given up or named anew when a run goes on.
     status, printed = run(capsys, "train", "--data", train, "--out", tmp_path / "with", *options)
-    assert status == 0 and "going on from step 2" in printed, printed
+    assert status == 0 and "finished before, at step 2" in printed, printed
 
 
 def test_the_sets_of_a_matrix_share_what_is_kept(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ ROWS = {  # format: (file, row, prompt, what its image is)
     "povid": ("f.json", POVID, "p", "i.png"),
     "rlhf-v": ("f.parquet", RLHF_V, "p", EMBEDDED["bytes"]),
     "rlaif-v": ("f.parquet", RLAIF_V, "p", EMBEDDED["bytes"]),
-    "trl": ("f.jsonl", TRL, "<image>\np", "i.png"),
+    "trl": ("f.jsonl", TRL, "p", "i.png"),
     "ms-swift": ("f.jsonl", SWIFT, "<image>p", "i.png"),
     "llama-factory": ("f.json", FACTORY, "<image>p", "i.png"),
     "llava": ("f.json", LLAVA, "p", "i.png"),
@@ -91,11 +91,11 @@ def texts(*messages: dict) -> list[dict]:
 ASKED = message("user", ..., "p")
 VARIANTS = {  # (row, prompt, responses, comparisons)
     "trl flat": ({**PART, "images": ["i.png"], "margin": 0.5}, "p", ("good", "bad"), (Comparison(0, 1, 0.5),)),
-    "trl image": ({**without(TRL, "images"), "image": "i.png"}, "<image>\np", ("good", "bad"), (Comparison(0, 1),)),
+    "trl image": ({**without(TRL, "images"), "image": "i.png"}, "p", ("good", "bad"), (Comparison(0, 1),)),
     "trl text prompt": ({**TRL, "prompt": "p"}, "p", ("good", "bad"), (Comparison(0, 1),)),
     "trl implicit": (
         {"images": ["i.png"], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
-        "<image>\np",
+        "p",
         ("good", "bad"),
         (Comparison(0, 1),),
     ),
@@ -217,6 +217,10 @@ BROKEN = {
         {**TRL, "prompt": [message("user", ..., "What does <image> mean?")]},
         "image place in a text: a text part of 'prompt[0].content' says <image>",
     ),
+    "image forgotten": (
+        {**PART, "img_path": None, "prompt": "<image>\nWhat?"},
+        "image forgotten: 'prompt' has a place",
+    ),
     "trl same": ({**TRL, "rejected": [GOOD]}, "identical responses: 'chosen[0].content' and 'rejected[0].content'"),
     "trl system": (
         {**TRL, "prompt": [message("system", "s"), ASKED]},
@@ -226,7 +230,7 @@ BROKEN = {
     "trl prompt": ({**without(PART, "prompt"), "images": []}, "missing field: the row has no 'prompt'"),
     "swift images": ({**SWIFT, "rejected_images": ["j.png"]}, "images differ: 'rejected_images' gives"),
     "swift places": ({**SWIFT, "images": []}, "'messages[0].content' has 1 <image> but the row has 0 image(s)"),
-    "swift rejected": ({**SWIFT, "rejected_response": []}, "wrong type: 'rejected_response' is a list; it must be"),
+    "swift rejected": ({**SWIFT, "rejected_response": []}, "wrong type: 'rejected_response' is empty; it must be"),
     "swift prompts": (
         {**without(SWIFT, "rejected_response"), "rejected_messages": [texts(BAD)[0], texts(BAD)[0]]},
         "different prompts: 'messages' and 'rejected_messages'",

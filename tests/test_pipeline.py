@@ -322,7 +322,7 @@ def test_caching_changes_no_shape(processor):
 def test_a_truncated_picture_stops_a_strict_run(processor):
     data = indexed(processor, [make_group(0), make_group(1, image=picture(1, "JPEG")[:-200])])
     make = MakeBatch(data, buckets_for([data], 1), 2, strict=True)
-    with pytest.raises(DataError, match=r"data\.jsonl row 2: image of \d+ bytes cannot be decoded"):
+    with pytest.raises(DataError, match=r"data\.jsonl row 2: unusable image: image of \d+ bytes cannot be decoded"):
         list(batches(plan_of(2, 2, 1), make))
 
 

@@ -291,6 +291,10 @@ def test_unusable_files_raise_and_name_the_file(write, tmp_path):
             DataError, match=r"one JSON list of rows.*rename it to list\.json, or write one object a line"
         ):
             read_groups(write(*rows, name="list.jsonl"))
+    with pytest.raises(DataError, match=r"texts\.json is one JSON object; a preference file is JSONL, a JSON list"):
+        read_groups(write("{", '"a": 1', "}", name="texts.json"))
+    with pytest.raises(DataError, match=r"a\.csv is CSV; a preference file is JSONL"):
+        read_groups(write("prompt,chosen", name="a.csv"))
     with pytest.raises(DataError, match="holds no rows"):
         read_groups(write("", "  "))
     with pytest.raises(DataError, match=r"(?s)holds no usable row.*2 x missing image.*1 x broken JSON line.*row 1"):

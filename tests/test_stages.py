@@ -139,7 +139,7 @@ def test_a_run_with_one_before_it_goes_on_to_the_same(capsys, tmp_path, spec: st
     assert runs == (["0", "1"] if spec.startswith("text_filtered") else ["0"])
     before = (out / "metrics.jsonl").read_text()
     status, text = run(capsys, *command)
-    assert status == 0 and "going on from step 2" in text, text
+    assert status == 0 and "finished before, at step 2" in text, text
     assert (out / "metrics.jsonl").read_text() == before
 
 
@@ -177,4 +177,5 @@ def test_a_second_command_in_the_same_directory_is_refused(capsys, tmp_path) -> 
         for words in (command, matrix):
             status, text = run(capsys, *words)
             assert status == 2 and f"{out} is in use: another command" in " ".join(text.split()), text
-    assert [path.name for path in out.iterdir()] == [".lock"]
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert not out.exists(), "nothing came of it"

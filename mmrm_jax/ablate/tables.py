@@ -102,6 +102,7 @@ def time(row: Row) -> str:
 
 def legend(rows: Sequence[Row], *, intervals: bool = True) -> str:
     """What a reader of the table has to know; in a terminal it has no intervals."""
+    intervals = intervals and any(row[f"{m}_change_low"] is not None for row in rows for m in CHANGES)
     text = (
         f"In %; differences from standard training in points{', with 95 % intervals' if intervals else ''}; "
         "* where Holm's p < .05 (text_only, the shortcut itself, is not tested); † worse than chance i.i.d"

@@ -52,6 +52,7 @@ def audit(
             quarantined += bad
     if quarantined:
         console.print(summarise_quarantine(quarantined))
+        console.print(f"all of them: {out / 'quarantine.jsonl'}", soft_wrap=True, highlight=False)
     with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def progress(name: str, items: Iterable) -> Iterable:

@@ -76,6 +76,7 @@ def bench(
     _write_pairs(out / "pairs.jsonl", items, judges, seen)
     console.print(_table(benchmark, rows))
     console.print(benchmark.note, soft_wrap=True)
+    console.print(f"pair by pair: {out / 'pairs.jsonl'}", soft_wrap=True, highlight=False)
     if left_out:
         console.print(summarise_quarantine(left_out, f"left out of {data}"))
     result = {"benchmark": benchmark.key, "pairs": len(items), "left_out": len(left_out), "rows": rows}

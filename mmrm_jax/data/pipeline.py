@@ -88,8 +88,7 @@ class EncodedSource:
             tiles = [self.processor.tiles(image, change) for image in self.group(index).images]
             return dataclasses.replace(encoded, tiles=joined(tiles))
         except ImageError as error:
-            group = self.group(index)
-            return Quarantined(group.file, group.row, str(error), group.id)
+            return Quarantined(*_problem(self.group(index), error))
 
     def each_row(self, index: int, problem: Quarantined) -> list[Quarantined]:
         """An entry for every record that the group at `index` was made of, where `encode` gave `problem`."""
@@ -135,7 +134,13 @@ class EncodedSource:
             features = None if self.features is None else self.features.of(index)
             return self.processor.encode(group, index, self.views, change, features)
         except (ImageError, TextError) as error:
-            return Quarantined(group.file, group.row, str(error), group.id)
+            return Quarantined(*_problem(group, error))
+
+
+def _problem(group: Group, error: Exception) -> tuple[str, int, str, str | None]:
+    """The fields of a Quarantined; what kind of problem it is comes first."""
+    kind = "unusable image: " if isinstance(error, ImageError) else ""
+    return group.file, group.row, f"{kind}{error}", group.id
 
 
 def index_source(
@@ -163,7 +168,7 @@ def index_source(
             encoded[len(kept)] = processor.encode(group, len(kept), views)
             kept.append(i)
         except (ImageError, TextError) as error:
-            own.append((i, (group.file, group.row, str(error), group.id)))
+            own.append((i, _problem(group, error)))
     shapes = tuple(each.shape for each in encoded.values())
     data = EncodedSource(source, processor, views, tuple(kept), shapes, encoded)
     # A picture that one process could not read, as a file system may once, is left out by all: they share a plan.
@@ -184,7 +189,7 @@ def _measure_source(
         try:
             return {"shape": dataclasses.asdict(processor.measure(group, views))}
         except (ImageError, TextError) as error:
-            return {"problem": [group.file, group.row, str(error), group.id]}
+            return {"problem": _problem(group, error)}
 
     found = divided(measure, len(source), progress)
     kept = tuple(i for i, each in enumerate(found) if "shape" in each)

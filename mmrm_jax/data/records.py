@@ -178,7 +178,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not a valid JSON list: {error}") from error
         return
-    if _is_list(text):
+    if path.suffix in (".csv", ".tsv") or (path.suffix == ".json" and len(lines) > 1 and _is_one(text, dict)):
+        what = "one JSON object" if path.suffix == ".json" else path.suffix[1:].upper()
+        raise DataError(f"{path} is {what}; a preference file is JSONL, a JSON list, or Parquet named *.parquet")
+    if text.lstrip().startswith("[") and _is_one(text, list):
         raise DataError(
             f"{path} is one JSON list of rows, which is read from files named *.json: rename it to {path.stem}.json, "
             "or write one object a line"
@@ -201,11 +204,10 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         raise _unreadable(path, error) from error
 
 
-def _is_list(text: str) -> bool:
-    if not text.lstrip().startswith("["):
-        return False
+def _is_one(text: str, kind: type) -> bool:
+    """Whether the whole text is one JSON value of this kind."""
     try:
-        return isinstance(json.loads(text), list)
+        return isinstance(json.loads(text), kind)
     except (ValueError, RecursionError):
         return False
 

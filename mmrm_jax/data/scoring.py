@@ -68,7 +68,7 @@ def scoring_row(row: Any, origin: Origin, form: Format | None = None) -> Scoring
         group = make_group(record, row, origin, kept, ()) if kept else None
     except RowError as error:
         problems = [problem or str(error) for problem in problems]
-    known = _known(row, origin, record)
+    known = _known(row, origin, record) | ({} if group is None else {"prompt": group.prompt})
     lines = [
         known | _texts({"response": field.value}) | ({} if problem is None else {"error": problem})
         for field, problem in zip(record.responses, problems, strict=True)

@@ -105,6 +105,11 @@ class Template:
         return tuple(dict.fromkeys([*names, IMAGE_START, IMAGE_CONTEXT, IMAGE_END]))
 
 
+def has_place(prompt: str) -> bool:
+    """Whether a prompt says where its only image stands."""
+    return _PLACE.search(prompt) is not None
+
+
 def split_at_images(prompt: str, images: int) -> tuple[str, ...]:
     """The prompt's text before, between and after its images.
 

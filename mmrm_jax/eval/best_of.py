@@ -71,7 +71,7 @@ def best_of_curve(
     found = {}
     for name, by_prompt in values.items():
         expected = np.stack([expected_best(r, v, ns) for r, v in zip(rewards, by_prompt, strict=True)])
-        means = bootstrap_sums(expected, named_rng("best of n", name), RESAMPLES) / len(expected)
+        means = bootstrap_sums(expected, named_rng("best of n"), RESAMPLES) / len(expected)
         limits = [interval(column[1:]) for column in means.T]
         found[name] = [
             {"mean": float(mean), "low": low, "high": high} for mean, (low, high) in zip(means[0], limits, strict=True)

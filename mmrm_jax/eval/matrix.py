@@ -24,7 +24,7 @@ from mmrm_jax.config import RESUMABLE, MatrixConfig, TrainConfig, to_json
 from mmrm_jax.data.quarantine import keep_quarantine, refused_file
 from mmrm_jax.data.records import read_quarantine, summarise_quarantine, write_quarantine
 from mmrm_jax.eval.evaluate import Evaluation, evaluate, image_clusters
-from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, train_names
+from mmrm_jax.eval.matrix_data import Data, fingerprints, load_data, open_data, seen_in_training, train_names
 from mmrm_jax.eval.metrics import CellScores
 from mmrm_jax.eval.running import Running, TableProgress, accuracies
 from mmrm_jax.eval.stages import Build, Show, first_params, run_before
@@ -135,7 +135,8 @@ def _run_matrix(config: MatrixConfig, console: Console) -> Matrix:
     check_frozen_tower(checkpoint.config, config.train)
     with keep_quarantine(refused_file(config.out)):
         sources = open_data(config)
-        resolved = to_json(config) | {"fingerprints": fingerprints(sources, model)}
+        known: dict[Path, str] = {}
+        resolved = to_json(config) | {"fingerprints": fingerprints(sources, model, known)}
         check_config(config.out, resolved, ignore=FREE)
         data = load_data(config, sources, checkpoint, console)
     for objective in trained_objectives(config.objectives):  # whose set-up may fail too
@@ -143,6 +144,8 @@ def _run_matrix(config: MatrixConfig, console: Console) -> Matrix:
         build_program(checkpoint.config, trained, 1)
     write_config(config.out, resolved)
     console.print(describe_data([*data.train.values(), *data.test.values()], data.buckets))
+    for line in seen_in_training(sources, known):
+        console.print(line, style="yellow", highlight=False)
     rate, option = config.train.optimizer.learning_rate, "--train.optimizer.learning-rate"
     if config.model is None and (note := rate_note(rate, option)):
         console.print(note, style="yellow")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from rich.console import Console
 
 from mmrm_jax.config import Environment, MatrixConfig, TrainConfig
 from mmrm_jax.data.buckets import Buckets
+from mmrm_jax.data.overlap import Seen, describe_overlap, overlaps, seen
 from mmrm_jax.data.pipeline import EncodedSource, buckets_for
-from mmrm_jax.data.records import raise_first
+from mmrm_jax.data.records import DataError, raise_first
 from mmrm_jax.data.sources import GroupSource, fingerprint
 from mmrm_jax.objectives import find_objective
 from mmrm_jax.train.features import with_features
@@ -141,9 +143,25 @@ def open_data(config: MatrixConfig) -> Sources:
     return Sources(train_sets, test_sets, iid, quarantined)
 
 
-def fingerprints(sources: Sources, model: Path) -> dict[str, Any]:
+def seen_in_training(sources: Sources, known: dict[Path, str]) -> list[str]:
+    """A line for every training and test set that show the same images: what is right there may be remembered.
+
+    `known` is shared with `fingerprints`.
+    """
+
+    def each(source: GroupSource) -> Iterator[Seen]:
+        for i in range(len(source)):
+            with contextlib.suppress(DataError):  # of an image that cannot be read, which is quarantined
+                yield seen(source[i], known)
+
+    train, test = ({name: list(each(sets[name])) for name in sets} for sets in (sources.train, sources.test))
+    pairs = [{f"training set {a}": train[a], f"test set {b}": test[b]} for a in train for b in test]
+    return [describe_overlap(found) for pair in pairs for found in overlaps(pair)]
+
+
+def fingerprints(sources: Sources, model: Path, known: dict[Path, str] | None = None) -> dict[str, Any]:
     """What the numbers come from beside the settings: hashes of the weights and of every set."""
-    known: dict[Path, str] = {}
+    known = {} if known is None else known
     return {
         "model": model_fingerprint(model),
         "train": {name: fingerprint(source, known) for name, source in sources.train.items()},

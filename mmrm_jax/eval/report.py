@@ -100,7 +100,7 @@ def headline(summary: Sequence[Mapping[str, Any]]) -> list[str]:
     sentences += _sfd_sentence(summary, method)
     if not sentences:
         return ["Neither accuracy nor SFD is defined on these tests; the numbers stand below."]
-    if max(row["seeds"] for row in summary) < 2:
+    if max(row["seeds"] for row in summary) < 2 and any(row["low"] is not None for row in summary):
         sentences.append(
             "One seed was run: the intervals say how sure the test sets make us of these models, not of others."
         )

@@ -208,6 +208,8 @@ def _check_out(out: Path, spec: str) -> None:
     for file in (out, part):
         if file.is_dir():
             raise ValueError(f"{file} is a directory; --out must name a file")
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise ValueError(f"{file} is a link or a device, which a file would replace; --out must name a file")
         if file.exists() and data.exists() and file.samefile(data):
             raise ValueError(f"{file} is the data itself and would be overwritten; give --out another name")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -364,7 +364,16 @@ def with_proxy(scorer: Scorer) -> Scorer:
 def _several(image: Pictures) -> Sequence[Picture]:
     if image is None:
         return ()
-    return (image,) if isinstance(image, Image.Image | Path | str | bytes) else image
+    several = [image] if isinstance(image, Image.Image | Path | str | bytes) else list(image)
+    for each in several:
+        if not isinstance(each, Image.Image | Path | str | bytes):
+            raise ImageError(
+                f"an image is a {type(each).__name__}; it must be a path, the bytes of a file, or a Pillow image "
+                "(Image.fromarray makes one of an array)"
+            )
+        if isinstance(each, str) and each.startswith(("http:", "https:", "data:")):
+            raise ImageError(f"an image is given as {each:.80}; nothing is fetched: give its bytes, or a file's path")
+    return several
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def _train(
                 out,
                 quarantine=unreadable,
                 build=build,
-                show=functools.partial(task, bar),
+                show=functools.partial(task, bar, lines=True),
                 go_on=go_on,
                 stop=stop,
             )
@@ -183,7 +184,7 @@ def _train(
         with (
             profiled(program, stream, run.checkpoint.config, config, folder) as recorded,
             make_progress(console) as bar,
-            task(bar, config.objective, steps, keep=True) as report,
+            task(bar, config.objective, steps, start=int(state.step), keep=True, lines=True) as report,
         ):
             result = train(
                 recorded.program,
@@ -204,6 +205,8 @@ def _train(
     found = merge_quarantine(unreadable)
     if found:
         console.print(f"unreadable while running, left out:\n{summarise_quarantine(found)}")
+    another = shlex.join(("mmrm", "evaluate", "--run", str(out), "--data"))
+    console.print(f"the run is in {out}; test it: {another} FILE", soft_wrap=True, highlight=False)
     return {
         "out": str(out),
         "steps": steps,
@@ -218,7 +221,8 @@ def _first_state(
 ) -> TrainState:
     """The state that was `found` in a checkpoint, or that of step 0."""
     if found is not None:
-        console.print(f"going on from step {int(found.step)}")
+        done = int(found.step) >= training_steps(config, len(run.train))
+        console.print(f"{'finished before, at' if done else 'going on from'} step {int(found.step)}")
         return found
     params, drawn = first_params(run.checkpoint, config.seed, program, left)
     if drawn:
@@ -334,7 +338,7 @@ def quarantine_name(spec: str) -> str:
 
 def _print(row: dict[str, Any], console: Console) -> None:
     interval = between(row["accuracy_low"], row["accuracy_high"], percent)
-    bounds = f" (95 % interval {interval})" if interval else ""
+    bounds = f" (95 % interval {interval})" if interval else " (too few images for an interval)" if row["n"] else ""
     console.print(f"accuracy {percent(row['accuracy'])} %{bounds}, n = {row['n']}")
     if row["n_shortcut_right"] is None:
         console.print("SFD needs the text-only proxy of shortcut_aware training; this run has none")

@@ -48,7 +48,7 @@ def training_table(objective: Objective, history: Sequence[Mapping[str, Any]]) -
     for branch, view in objective.branches.items():
         if branch != model:
             add(f"accuracy of {_SEES.get(view, branch)}", share(f"{branch}/accuracy"))
-    add("loss, nats a comparison", number(f"{model}/loss"))
+    add("its Bradley-Terry loss, nats", number(f"{model}/loss"))
     add("margin, chosen − rejected", number(f"{model}/margin"), number("validation/mean_margin"))
     if "sfc" in entry:
         add("SFC, the mean weight", number("sfc"), number("validation/sfc_mean"))

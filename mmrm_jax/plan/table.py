@@ -30,14 +30,14 @@ def print_plan(model: str, job: Job, rows: Sequence[Candidate], console: Console
         console.print(_candidates(usable[:SHOWN]))
         console.print(_details(usable[0], job))
     else:
-        console.print("nothing fits: use more devices, more micro-batches, remat, or shorter responses")
+        console.print("nothing fits: use more devices, remat, LoRA, a smaller batch, or shorter responses")
     if rest:
         # The compiler's verdicts first, then what needed least.
         rest = sorted(rest, key=lambda row: (not row.compiled, row.memory.total if row.memory else float("inf")))
         console.print(_problems(rest[:SHOWN]))
     hidden = len(usable[SHOWN:]) + len(rest[SHOWN:])
     if hidden:
-        console.print(f"{hidden} more candidates are in the file that --json names")
+        console.print(f"{hidden} more candidates; --json FILE writes all of them")
 
 
 def _candidates(rows: Sequence[Candidate]) -> Table:

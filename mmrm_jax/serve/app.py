@@ -77,8 +77,10 @@ def make_app(
     prefix_cache: int = 2**30,
     empty_reward: float | None = None,
     warm: bool = True,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The server of one model, called `name`; with `warm` it is ready once its common shapes are compiled.
+    """The server of one model, called `name`; with `warm` it is ready once its common shapes are compiled, and then
+    calls `on_ready`.
 
     `prefix_cache` is how many bytes of what image and prompt became are kept for the next responses to them,
     `empty_reward` the reward of an empty response; without, a request that has one is refused.
@@ -90,7 +92,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        warming = threading.Thread(target=_warm, args=(engine, ready, stopping, warm))
+        warming = threading.Thread(target=_warm, args=(engine, ready, stopping, warm, on_ready))
         warming.start()
         yield
         stopping.set()
@@ -242,7 +244,9 @@ def _add_problems(app: FastAPI) -> None:
         return Json({"detail": error.detail}, error.status_code, headers=error.headers)
 
 
-def _warm(engine: Engine, ready: threading.Event, stopping: threading.Event, warm: bool) -> None:
+def _warm(
+    engine: Engine, ready: threading.Event, stopping: threading.Event, warm: bool, on_ready: Callable[[], None]
+) -> None:
     """Compile what common requests run through: without an image, with a small one and with a photo, of one, two and
     four responses. Ends between two compilations when the server stops."""
     scorer, prefixes = engine.scorer, engine.prefixes
@@ -260,6 +264,7 @@ def _warm(engine: Engine, ready: threading.Event, stopping: threading.Event, war
         prefixes.rewards([Asked(group, repr(size).encode())], branch)  # type: ignore[arg-type]
     ready.set()
     engine.metrics.ready.set(1)
+    on_ready()
 
 
 def _usage(found: Sequence[Found]) -> schemas.Usage:

@@ -63,6 +63,7 @@ def serve(
             token=token,
             prefix_cache=prefix_cache_mib * 2**20,
             empty_reward=empty_reward,
+            on_ready=lambda: console.print("ready: common shapes are compiled"),
         )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"

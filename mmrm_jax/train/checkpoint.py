@@ -228,6 +228,9 @@ def check_config(run_dir: Path, config: dict[str, Any], ignore: Collection[str] 
         saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}; name another directory, or delete this one") from error
+    kind, wanted = ("matrix" if "environments" in each else "run" for each in (saved, config))
+    if kind != wanted:
+        raise CheckpointError(f"{run_dir} holds a {kind} and no {wanted}; name another directory, or delete this one")
     found = _differences(saved, config)
     free = [name for name in found if any(name == field or name.startswith(field + ".") for field in ignore)]
     if len(found) > len(free):

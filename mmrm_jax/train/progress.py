@@ -26,12 +26,20 @@ def make_progress(console: Console, kind: type[P] = Progress) -> P:
 
 
 @contextmanager
-def task(progress: Progress, name: str, steps: int, *, keep: bool = False) -> Iterator[Callable]:
-    """A bar for one run; yields the `report` function the training loop calls."""
-    bar = progress.add_task(name, total=steps, metrics="compiling")
+def task(
+    progress: Progress, name: str, steps: int, *, start: int = 0, keep: bool = False, lines: bool = False
+) -> Iterator[Callable]:
+    """A bar for one run that begins after step `start`; yields the `report` function the training loop calls.
+
+    With `lines` a log, which shows no bar, gets a line at every report.
+    """
+    bar = progress.add_task(name, total=steps, completed=start, metrics="compiling" if start < steps else "")
+    lines = lines and not progress.console.is_terminal
 
     def report(step: int, metrics: dict[str, Any]) -> None:
         progress.update(bar, completed=step, metrics=describe(metrics))
+        if lines:
+            progress.console.print(f"{name} {step}/{steps}  {describe(metrics)}", soft_wrap=True, highlight=False)
 
     yield report
     if not keep:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrm_jax.data.templates import IMAGE_PLACEHOLDER
+from mmrm_jax.data.templates import IMAGE_PLACEHOLDER, has_place
 from mmrm_jax.types import Comparison, Group
 
 Row = Mapping[str, Any]
@@ -78,6 +78,8 @@ def make_group(
         raise RowError("turns not read: 'history' has turns that this format does not read; write them as messages")
     images = tuple(_image(field, origin) for field in record.images)
     *history, prompt = check_asked([*record.history, record.prompt], len(images))
+    if len(images) == 1 and not history:  # where it stands anyway: the same prompt, however it is spelt
+        prompt = prompt.removeprefix(IMAGE_PLACEHOLDER + "\n")
     names = image_names(record)
     return Group(
         id=identity(row, origin),
@@ -263,6 +265,11 @@ def check_asked(asked: Sequence[Field], images: int) -> list[str]:
             raise RowError(
                 f"empty prompt: '{field.name}' has no text, and there is no image either; remove the row or fill it in"
             )
+        if not images and has_place(text):
+            raise RowError(
+                f"image forgotten: '{field.name}' has a place for one, {IMAGE_PLACEHOLDER}, and there is none; name "
+                "the image, or take its place out of the text"
+            )
     places = count_places(texts)
     if images > 1 and places not in (0, images):
         raise misplaced(asked[-1].name, places, images)
@@ -299,9 +306,8 @@ def check_list(field: Field, what: str) -> list[Any]:
     if isinstance(field.value, RowError):
         raise field.value
     if not isinstance(field.value, list) or not field.value:
-        raise RowError(
-            f"wrong type: '{field.name}' is a {type_name(field.value)}; it must be a list of one or more {what}"
-        )
+        found = "empty" if field.value == [] else f"a {type_name(field.value)}"
+        raise RowError(f"wrong type: '{field.name}' is {found}; it must be a list of one or more {what}")
     return field.value
 
 

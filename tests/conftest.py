@@ -67,6 +67,19 @@ def one_device() -> Iterator[None]:
 
     For files that say nothing of devices; processes that they start see one, too.
     """
+    with first_device_alone():
+        yield
+
+
+@pytest.fixture
+def its_own_device() -> Iterator[None]:
+    """The same for one test of a file whose others need several."""
+    with first_device_alone():
+        yield
+
+
+@contextlib.contextmanager
+def first_device_alone() -> Iterator[None]:
     import jax
 
     with pytest.MonkeyPatch.context() as patch:

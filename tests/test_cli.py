@@ -112,6 +112,8 @@ def test_train_resume_evaluate_and_prepare(capsys, tmp_path):
     text = " ".join(text.split())
     assert "24 groups in 2 sets; batches are padded to one size, and each step is compiled once; " in text
     assert f"held out, n = {held_out}" in text and "training, last 1 steps" in text, text
+    assert all(f"shortcut_aware {step}/3 loss " in text for step in (1, 2, 3)), "a log has a line for every report"
+    assert f"test it: mmrm evaluate --run {out} --data FILE" in text
     assert "accuracy of the text-only proxy" in text and "/accuracy" not in text
     assert "a learning rate of 1e-05 hardly trains the tiny model" in text and "--optimizer.learning-rate 0.001" in text
     result = json.loads((tmp_path / "train.json").read_text())
@@ -360,6 +362,39 @@ def test_the_systems_own_errors_are_plain(capsys, tmp_path):
     ):
         status, text = run(capsys, *command)
         assert status == 2 and "config.json cannot be read" in text and "Errno" not in text
+
+
+def test_a_directory_of_another_kind_is_told_as_that(capsys, tmp_path):
+    file, out = write_pairs(tmp_path, "a", 8), tmp_path / "o"
+    out.mkdir()
+    (out / "config.json").write_text('{"objective": "standard"}')
+    status, text = run(capsys, "matrix", "--env", f"A={file},{file}", "--out", out)
+    assert status == 2 and f"{out} holds a run and no matrix" in " ".join(text.split()), text
+    (out / "config.json").write_text('{"environments": []}')
+    status, text = run(capsys, "train", "--data", file, "--out", out, "--data.holdout", 0)
+    assert status == 2 and f"{out} holds a matrix and no run" in " ".join(text.split()), text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("from x import (", "SyntaxError: '(' was never closed"),
+        ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        (
+            "from mmrm_jax.config import MatrixConfig\nconfig = MatrixConfig(objectves=())",
+            "unexpected keyword argument 'objectves'; did you mean 'objectives'?",
+        ),
+        (
+            "from mmrm_jax.config import MatrixConfig\nconfig = MatrixConfig(envs=())",
+            "unexpected keyword argument 'envs'; known: environments, image_root",
+        ),
+    ],
+)
+def test_a_broken_configuration_is_one_message(capsys, tmp_path, text, told):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    status, printed = run(capsys, "matrix", file)
+    assert status == 2 and f"mmrm: {file}: " in printed and told in printed, printed
 
 
 def test_a_matrix_directory_is_no_run_to_evaluate(capsys, tmp_path):

@@ -376,11 +376,15 @@ def test_every_row_gives_scores_or_an_error_line(capsys, trained, tmp_path):
     assert status == 2 and f"nothing in {data} could be scored; {out} says why" in text
     assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == [True, True]
     assert json.loads((tmp_path / "summary.json").read_text())["scores"] == 0
+    link = tmp_path / "link"
+    link.symlink_to(out)
     for extra, reason in (
         (("--batch-size", 0), "--batch-size is 0; it must be at least 1"),
         (("--buckets", 0), "--buckets is 0"),
         (("--out", data), "is the data itself"),
         (("--out", tmp_path), "is a directory"),
+        (("--out", link), "is a link or a device"),
+        (("--out", "/dev/null"), "is a link or a device"),
     ):
         status, text = run(capsys, *score, data, *extra)
         assert status == 2 and reason in text and data.read_text().endswith("{")

@@ -340,6 +340,7 @@ def test_settings_with_which_nothing_can_be_kept(tmp_path: Path, checkpoint) -> 
 # ---- the commands
 
 
+@pytest.mark.usefixtures("its_own_device")
 def test_training_and_evaluation_with_features(tmp_path: Path, capsys) -> None:
     train, test = write_pairs(tmp_path, "train", 16), write_pairs(tmp_path, "test", 5, seed=1)
     options = ["--steps", 2, "--batch-size", 8, "--eval-batch-size", 8, "--proxy-input", "blank"]

@@ -146,7 +146,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.setenv("MMRM_STEPS", "2")
-    monkeypatch.setenv("MMRM_COMPARISONS", "256")
+    monkeypatch.setenv("MMRM_COMPARISONS", "128")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "quickstart" / "report.html").is_file()
     assert "text/html" in notebook.cells[-1].outputs[0].data

@@ -246,6 +246,7 @@ def test_settings_that_make_no_sense(changes, message) -> None:
         build_program(MODEL, dataclasses.replace(CONFIG, lora=dataclasses.replace(LORA, **changes)), 1)
 
 
+@pytest.mark.usefixtures("its_own_device")
 def test_a_run_with_adapters_resumes_and_is_exported_as_any_model(capsys, tmp_path) -> None:
     file = write_pairs(tmp_path, "pairs", 12)
     settings = [a.replace("--train.", "--") for a in FAST] + ["--data.holdout", 0, "--lora.rank", 2]

@@ -117,6 +117,7 @@ def test_comparisons_are_numbered_over_all_groups() -> None:
         many.with_numbers()
 
 
+@pytest.mark.usefixtures("its_own_device")
 def test_a_stopped_run_goes_on_with_what_it_knew(capsys, tmp_path: Path, monkeypatch) -> None:
     """Twelve comparisons in batches of 8: the second step sees some again. Exporting takes no heed of memory."""
     write_pairs(tmp_path, "a", 12)

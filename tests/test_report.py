@@ -320,6 +320,8 @@ def test_headline_of_partial_results():
     assert headline([]) == ["No model has been evaluated yet."]
     assert "no pair of standard and other training" in headline(summary(0.1, 0, 1)[:1])[0]
     assert headline(summary(0.1, 0.05, 0.2, seeds=1))[-1].startswith("One seed was run")
+    without = [row | {"low": None, "high": None} for row in summary(0.1, 0.05, 0.2, seeds=1)]
+    assert not any("intervals" in sentence for sentence in headline(without))
     undefined = [{**row, "mean": None, "low": None, "high": None} for row in summary(0, 0, 0)]
     assert headline(undefined) == ["Neither accuracy nor SFD is defined on these tests; the numbers stand below."]
 

@@ -230,8 +230,10 @@ def test_each_process_writes_the_checksums_of_its_share(three, tmp_path) -> None
     for part in range(3):
         assert read_manifest(tmp_path) is None
         write_manifest(tmp_path, part=part, parts=3)
-    add_metrics(tmp_path, {"loss": 0.5}, 3)
+    add_metrics(tmp_path, {"loss": 0.5})
     together, alone = read_manifest(tmp_path), read_manifest(three / "3")
     assert together is not None and alone is not None
     assert together["files"] == alone["files"] and together["metrics"] == {"loss": 0.5}
     assert damage(tmp_path) is None
+    add_metrics(tmp_path / "none", {"loss": 0.5})  # of a process that was killed before it wrote them
+    assert not (tmp_path / "none").exists()

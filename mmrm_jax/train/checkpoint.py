@@ -135,7 +135,7 @@ class Checkpoints:
     def rank(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Add what was measured at the checkpoint of `step`, of which `best_metric` ranks it."""
         self._metrics[step] = self._ranked(metrics)
-        add = functools.partial(add_metrics, self._folder(step), metrics, jax.process_count())
+        add = functools.partial(add_metrics, self._folder(step), metrics)
         self._sealing.append(self._thread.submit(add if is_main() else lambda: None))
 
     def _settle(self) -> None:

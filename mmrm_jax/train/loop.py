@@ -111,8 +111,8 @@ def train(
         try:
             if files.pending and logging(first):  # stopped after it had saved, before the entry was there
                 log(first)
-            if files.history and files.history[-1]["step"] == first:
-                rank(first)
+            if files.history and files.history[-1]["step"] == first and config.best_metric in files.history[-1]:
+                rank(first)  # it may have been killed before that
             for step in range(first + 1, steps + 1):
                 batch = program.put(_next(batches, step))
                 state, metrics = program.train_step(state, batch)

@@ -34,11 +34,14 @@ def write_manifest(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     write_atomic(folder / f"manifest-{part}-of-{parts}.json", text)
 
 
-def add_metrics(folder: Path, metrics: Mapping[str, float | None], parts: int) -> None:
-    """Write what was measured at a checkpoint into the first of its manifests, in place of what is there."""
-    file = folder / f"manifest-0-of-{parts}.json"
-    found = json.loads(file.read_text())
-    write_atomic(file, json.dumps(found | {"metrics": dict(metrics)}, indent=1) + "\n")
+def add_metrics(folder: Path, metrics: Mapping[str, float | None]) -> None:
+    """Write what was measured at a checkpoint into the first of its manifests, in place of what is there.
+
+    That may be of another number of processes, and is missing where a process was killed before it wrote it.
+    """
+    for file in folder.glob("manifest-0-of-*.json"):
+        found = json.loads(file.read_text())
+        write_atomic(file, json.dumps(found | {"metrics": dict(metrics)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -423,7 +423,7 @@ def _nearest_field(message: str) -> str:
     from mmrm_jax import config
 
     cls = getattr(config, message.partition(".")[0], None)
-    if "unexpected keyword argument" not in message or cls is None:
+    if "unexpected keyword argument" not in message or not dataclasses.is_dataclass(cls):
         return ""
     return _nearest(message.rpartition("argument ")[2].strip("'"), sorted(f.name for f in dataclasses.fields(cls)))
 

@@ -388,6 +388,7 @@ def test_a_directory_of_another_kind_is_told_as_that(capsys, tmp_path):
             "from mmrm_jax.config import MatrixConfig\nconfig = MatrixConfig(envs=())",
             "unexpected keyword argument 'envs'; known: environments, image_root",
         ),
+        ("def Path(): ...\nPath.__qualname__ = 'Path.__init__'\nPath(x=1)", "unexpected keyword argument 'x'\n"),
     ],
 )
 def test_a_broken_configuration_is_one_message(capsys, tmp_path, text, told):

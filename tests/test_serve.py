@@ -280,6 +280,8 @@ def test_bodies_that_are_none(client: httpx.Client) -> None:
     for content in (b"", b"{", b"\xff\xfe", b'{"prompt": NaN, "responses": ["a"]}', b"[" * 50_000, b"null", b"[1]"):
         answer = client.post("/v1/score", content=content, headers=json_type)
         assert answer.status_code in (400, 422) and answer.json()["detail"], content
+    nested = client.post("/v1/score", content=b"[" * 100_000, headers=json_type)  # more values than can be scored
+    assert nested.status_code == 413 and "brackets" in nested.json()["detail"]
     large = client.post("/v1/score", content=b"x" * (2**20 + 1), headers=json_type)
     assert large.status_code == 413 and "1 MiB" in large.json()["detail"]
 

@@ -105,8 +105,8 @@ def score_file(
     interrupted; finished ones lie beside `out` until it is whole. Several processes share out the parts.
     Raises ValueError where `out` cannot be written or is the data itself, and for a checkpoint without a score head,
     unless `draw_score` is the seed that one is drawn from; DataError for a file that cannot be read or has no rows;
-    CheckpointError where the parts are of other data, of another model or of other settings, and where another command
-    is at work on them.
+    CheckpointError where the parts are of other data, of another model or of other settings; InUse where another
+    command is at work on them.
     """
     for name, value in (("--batch-size", batch_size), ("--buckets", buckets)):
         if value < 1:
